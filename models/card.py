@@ -1,0 +1,60 @@
+"""ModelCard: what one model can do and what it does when nothing is said. Read from configuration alone, no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import InvalidRequest
+from models.samplers import check_pair, find_sampler, find_schedule
+
+TASKS = ("txt2img", "img2img")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """A model's name, family, native size in pixels, limits and default parameters."""
+
+    name: str
+    family: str
+    width: int
+    height: int
+    max_pixels: int
+    steps: int = 25
+    guidance_scale: float = 7.5
+    sampler: str = "dpmpp_2m"
+    schedule: str = "karras"
+    tasks: tuple[str, ...] = TASKS
+
+    @classmethod
+    def read(cls, name: str, family: str, source: str, defaults: dict[str, Any] | None = None) -> "ModelCard":
+        """The card of a model; the native size comes from `defaults` or from the source folder's own configuration.
+
+        `defaults` may set any field of the card but name and family; `max_pixels` is four times the native area
+        unless said. Raises InvalidRequest where the source is not a local diffusers folder and no width is given.
+        """
+        values = dict(defaults or {})
+        if "width" not in values:
+            values["width"] = _native_side(Path(source))
+        values.setdefault("height", values["width"])
+        values.setdefault("max_pixels", 4 * values["width"] * values["height"])
+        if "sampler" in values:
+            values["sampler"], schedule = find_sampler(values["sampler"])
+            values.setdefault("schedule", schedule or "default")
+        if "schedule" in values:
+            values["schedule"] = find_schedule(values["schedule"])
+        card = cls(name=name, family=family, **values)
+        check_pair(card.sampler, card.schedule)
+        return card
+
+
+def _native_side(folder: Path) -> int:
+    """The side in pixels that the networks were trained at: latent side times the autoencoder's factor."""
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text())
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+    except FileNotFoundError as missing:
+        raise InvalidRequest(
+            "defaults.width", f"{folder} is not a local diffusers folder; say the model's native width"
+        ) from missing
+    return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
