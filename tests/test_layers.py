@@ -18,7 +18,10 @@ PACKAGES = ("models", "app", "cluster", "bench")
 
 ENGINE = ("request", "tapes", "conditioning", "sequence", "batcher", "denoiser", "engine")
 ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
-RAY_FILES = tuple(f"app.{name}" for name in ("main", "ingress", "router", "replica", "upscaler", "autoscaling", "cli"))
+RAY_FILES = tuple(
+    f"app.{name}"
+    for name in ("main", "ingress", "router", "replica", "upscaler", "autoscaling", "cli", "local")  # local: cli's Ray
+)
 BRINGS_TORCH = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch")
 TORCH_FREE_MODELS = tuple(
     f"models.{name}" for name in ("request", "errors", "card", "events", "samplers", "images", "batcher")
@@ -204,19 +207,25 @@ def _circles(sources: Sources, module: str, trail: list[str], done: set[str]) ->
 
 
 def the_environment_is_read_in_settings(sources: Sources) -> Iterator[str]:
+    """Setting a variable for a library that reads it is not reading."""
     readers = ("os.environ", "os.getenv", "os.environb")
     for source in (s for s in sources.values() if s.module != "app.settings"):
-        written = {
-            id(node.value)
-            for node in ast.walk(source.tree)
-            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
-        }
+        written = {id(node) for statement in ast.walk(source.tree) for node in _set(statement)}
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in readers and id(node) not in written:
                 yield f"{source.path}:{node.lineno} reads the environment: only app/settings.py does; take an argument"
         for found in source.imports:
             if found.module in readers or inside(found.module, ("pydantic_settings", "dotenv")):
                 yield f"{source.path}:{found.line} imports {found.module}: only app/settings.py reads the environment"
+
+
+def _set(node: ast.AST) -> list[ast.expr]:
+    """What is written to by `x[...] = y`, and by `x.update(y)` and `x.setdefault(y)` as statements."""
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return [node.value]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
+        return [node.value.func.value] if node.value.func.attr in ("update", "setdefault") else []
+    return []
 
 
 def no_relative_imports(sources: Sources) -> Iterator[str]:
@@ -312,6 +321,7 @@ OFFENDERS = (
     (nothing_imports_in_a_circle, "models/weights.py", "from models import tapes"),
     (the_environment_is_read_in_settings, "models/weights.py", "import os\nhome = os.environ['HF_HOME']"),
     (the_environment_is_read_in_settings, "app/auth.py", "from os import getenv"),
+    (the_environment_is_read_in_settings, "bench/load.py", "import os\nseed = os.environ.setdefault('SEED', '1')"),
     (no_relative_imports, "app/ingress.py", "from .service import Service"),
     (the_engine_fits_in_mind, "models/engine.py", "\n" * ENGINE_LINES),
     (files_stay_short, "bench/report.py", "\n" * (FILE_LINES + 1)),
