@@ -1,0 +1,254 @@
+"""Weights on their way from a folder, a single file or the hub onto a device: safetensors only, no code, one copy."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from models.errors import InvalidRequest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from: a diffusers folder, one `.safetensors` file, or a hub id with a pinned commit.
+
+    `config` goes with a single file, which has neither tokenizer nor scheduler: a folder or hub id that has them.
+    """
+
+    location: str
+    revision: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which device the networks run on, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    offload: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """A model in memory: networks and tokenizers by name, what its configuration says, and which weights these are."""
+
+    modules: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    index: dict[str, Any]
+    revision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """A model on disk: a diffusers folder, whose weights lie in `checkpoint` instead when there is one."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    commit: str | None = None
+
+
+def place(device: str, dtype: str, offload: bool) -> Placement:
+    """The placement that these settings mean on this machine."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in present.items() if there)
+    if device not in present:
+        raise InvalidRequest("device", f"`{device}` is not a device; allowed: auto, {', '.join(present)}")
+    if not present[device]:
+        raise InvalidRequest("device", f"`{device}` is not there on this machine; use auto or cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise InvalidRequest("dtype", f"`{dtype}` is not a precision; allowed: auto, {', '.join(DTYPES)}")
+    if offload and device == "cpu":
+        raise InvalidRequest("offload", "offload spares the memory of a GPU and the device is the CPU; set it to false")
+    # float16 ends at 65504, and the activations of Stable Diffusion's decoders go beyond: black pictures.
+    vae_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return Placement(device=torch.device(device), dtype=DTYPES[dtype], vae_dtype=vae_dtype, offload=offload)
+
+
+def load(source: Source, names: Mapping[str, type], placement: Placement) -> Components:
+    """The components `names` of the model at `source`, ready to run at `placement`.
+
+    The classes are the caller's: what the files say about classes is never imported. Networks are made without
+    memory (accelerate's meta device) and each tensor goes from the mapped file to its place.
+    """
+    files = locate(source, names)
+    index = read_json(files.folder / "model_index.json")
+    scheduler_config = read_json(files.folder / "scheduler" / "scheduler_config.json")
+    revision = files.commit or fingerprint(files, names)
+    with torch.no_grad():
+        modules = {name: load_component(files, name, kind, placement) for name, kind in names.items()}
+    return Components(modules=modules, scheduler_config=scheduler_config, index=index, revision=revision)
+
+
+def locate(source: Source, names: Mapping[str, type]) -> Files:
+    """The files of `source`, downloaded if need be, with everything refused that is not safetensors."""
+    path = Path(source.location).expanduser()
+    if path.is_dir():
+        files = Files(folder=path)
+    elif path.is_file():
+        files = Files(folder=Path(), checkpoint=path)
+    else:
+        files = Files(folder=download(source, names), commit=source.revision)
+    for file in weight_files(files, names):
+        check_safetensors(file)
+    return files
+
+
+def download(source: Source, names: Mapping[str, type]) -> Path:
+    """The snapshot of a hub id at its pinned commit: only the files that loading reads, and none that can run code."""
+    here = f"`{source.location}` is no folder and no file here"
+    if not HUB_ID.fullmatch(source.location):
+        raise InvalidRequest("location", f"{here}, and no hub id (org/name) either")
+    if source.revision is None or not COMMIT.fullmatch(source.revision):
+        raise InvalidRequest("revision", f"{here}; as a hub id it needs a pinned commit of 40 hexadecimal digits")
+    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
+    weights += ("model.safetensors", "model-*-of-*.safetensors")
+    patterns = ["model_index.json", "scheduler/*.json"]
+    patterns += [f"{name}/{pattern}" for name in names for pattern in ("*.json", "*.txt", *weights)]
+    return snapshot("location", source.location, source.revision, patterns)
+
+
+def snapshot(field: str, hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder with the hub's files of these patterns, from the local cache where they are in it."""
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError) as error:
+        at = f" at {revision}" if revision else ""
+        advice = "check the id and the commit, or give a local folder where the hub cannot be reached"
+        raise InvalidRequest(field, f"{hub_id}{at} cannot be downloaded ({error}); {advice}") from error
+
+
+def weight_files(files: Files, names: Mapping[str, type]) -> list[Path]:
+    """The files that hold the weights of `names`."""
+    if files.checkpoint is not None:
+        return [files.checkpoint]
+    networks = {name: kind for name, kind in names.items() if issubclass(kind, torch.nn.Module)}
+    return [file for name, kind in networks.items() for file in component_files(files.folder / name, kind)]
+
+
+def component_files(folder: Path, kind: type) -> list[Path]:
+    """The weights of one component folder: one file, or the shards that its index lists."""
+    if not folder.is_dir():
+        raise InvalidRequest("location", f"{folder} is missing; a diffusers folder has one folder per component")
+    name = SAFETENSORS_WEIGHTS_NAME if issubclass(kind, ModelMixin) else SAFE_WEIGHTS_NAME
+    shards = folder / f"{name}.index.json"
+    if shards.is_file():
+        return [folder / shard for shard in sorted(set(read_json(shards)["weight_map"].values()))]
+    if not (folder / name).is_file():
+        found = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED | {".safetensors"})
+        advice = "Convert pickled weights: load them with diffusers where you trust them, then save_pretrained"
+        raise InvalidRequest("location", f"{folder} has no {name} but {', '.join(found) or 'no weights'}. {advice}")
+    return [folder / name]
+
+
+def check_safetensors(file: Path) -> None:
+    """Refuses a file whose header is not that of a complete safetensors file; reads nothing else."""
+    if file.suffix in PICKLED:
+        advice = "pickled weights can run code: convert it with safetensors.torch.save_file where you trust it"
+        raise InvalidRequest("location", f"{file} is not a .safetensors file; {advice}")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InvalidRequest("location", f"{file} is not a complete .safetensors file: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a configuration file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidRequest("location", f"{file} is missing; a diffusers folder has it") from error
+    except ValueError as error:
+        raise InvalidRequest("location", f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest("location", f"{file} holds no JSON object")
+    return content
+
+
+def load_component(files: Files, name: str, kind: Any, placement: Placement) -> Any:
+    """One network or tokenizer, as a model server needs it: in eval mode, frozen, where it belongs."""
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(files.folder / name, local_files_only=True)
+    stays = name == "unet" or not placement.offload
+    device = placement.device if stays else torch.device("cpu")
+    dtype = placement.vae_dtype if name == "vae" else placement.dtype
+    module = from_folder(files.folder / name, kind, device, dtype)
+    module.eval().requires_grad_(False)
+    if device.type == "cuda" and name in ("unet", "vae"):
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    return module
+
+
+def from_folder(folder: Path, kind: Any, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A network from its component folder; every weight has to be there, none is made up."""
+    with refusing(folder):
+        module, report = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            low_cpu_mem_usage=True,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        raise InvalidRequest("location", f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}")
+    return module
+
+
+@contextmanager
+def refusing(what: Path) -> Iterator[None]:
+    """Turns what the libraries say of unusable files into the caller's mistake; running out of memory stays itself."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InvalidRequest("location", f"{what} cannot be loaded: {error}") from error
+
+
+def fingerprint(files: Files, names: Mapping[str, type]) -> str:
+    """A name for these weights: cheap for gigabytes, the same wherever they lie, another when they change.
+
+    It is the SHA-256 of the configurations, and of each weight file its size, its header and the first and last
+    2 KiB of every tensor in it; so only a change in the middle of large tensors alone would go unseen.
+    """
+    digest = hashlib.sha256()
+    folders = [files.folder / name for name in ("scheduler", *sorted(names))]
+    texts = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
+    for file in [files.folder / "model_index.json", *texts]:
+        digest.update(f"{file.parent.name if file in texts else ''}/{file.name}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in weight_files(files, names):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = stream.read(length)
+            digest.update(header)
+            tensors = (value["data_offsets"] for key, value in json.loads(header).items() if key != "__metadata__")
+            for start, end in sorted(tensors):
+                for block_start, block_end in ((start, min(start + 2048, end)), (max(start, end - 2048), end)):
+                    stream.seek(8 + length + block_start)
+                    digest.update(stream.read(block_end - block_start))
+    return digest.hexdigest()[:16]
