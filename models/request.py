@@ -154,6 +154,13 @@ class EffectiveRequest(GenerationRequest):
         """The request for picture `index` alone."""
         return replace(self, seed=self.seed + index, samples=1)
 
+    def resolve(self, card: ModelCard) -> "EffectiveRequest":
+        """Itself, checked again: an engine takes requests that somebody else has resolved."""
+        if self.model != card.name:
+            raise NotFound(f"there is no model {self.model!r} here; this is {card.name!r}")
+        self.check(card)
+        return self
+
     def check(self, card: ModelCard) -> None:
         """Raises InvalidRequest for the first field out of range."""
         _check_prompt("prompt", self.prompt)
