@@ -1,0 +1,226 @@
+"""The command line: serve, generate, models, bench. Heavy imports wait until a command needs them."""
+
+import base64
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from models.errors import HeliographError, InvalidRequest
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Stable Diffusion served on Ray Serve.")
+models_app = typer.Typer(no_args_is_help=True, help="What the models are and what each can do.")
+app.add_typer(models_app, name="models")
+console = Console(stderr=True)
+
+ADDRESS = "http://127.0.0.1:8000"
+Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration: models, gateway, replicas.")]
+Address = Annotated[str, typer.Option("--address", "-a", help="Where a server answers.")]
+Local = Annotated[bool, typer.Option("--local", help="Without a server, from the configuration alone.")]
+DEFAULT_CONFIG = Path("serve_config.yaml")
+
+
+def main() -> None:
+    """Runs a command; an error of ours is one line that says what to do."""
+    try:
+        app()
+    except HeliographError as error:
+        console.print("error", error, style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    config: Config = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Overrides the configuration's http_options.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides the configuration's http_options.port.")] = None,
+) -> None:
+    """Start Ray and every application of the configuration here, until Ctrl-C.
+
+    Ray's own ports are on 127.0.0.1 and guarded by a token unless RAY_AUTH_MODE says otherwise.
+    """
+    from app import settings
+
+    settings.set_ray_environment()
+    from app import deployment, local
+
+    described, raw = deployment.read(config)
+    override = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    http_options = deployment.HttpOptions.model_validate(described.http_options.model_dump() | override)
+    described = described.model_copy(update={"http_options": http_options})
+    started = time.monotonic()
+    try:
+        status = console.status("starting")
+        with status, local.running(described, raw, status.update) as running:
+            status.stop()
+            _greet(running, described.catalogue.default_model, time.monotonic() - started)
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("stopped")
+
+
+def _greet(running: Any, model: str, seconds: float) -> None:
+    from app import settings
+
+    body = '{"prompt": "a red circle on a blue background", "seed": 7}'
+    auth = "RAY_AUTH_MODE=token " if settings.ray_auth_mode() == "token" else ""
+    lines = [
+        f"Heliograph is ready at [bold]{running.address}[/] after {seconds:.0f} s (model {model}). Try:",
+        "",
+        f"  curl -sS {running.address}/v1/generate -H 'Accept: image/png' -o out.png \\",
+        f"    -d '{body}'",
+        "",
+        f"API: {running.address}/docs   Serve: {auth}serve status -a {running.dashboard}   Stop: Ctrl-C",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Several pictures become NAME-0.png, ...")] = Path(
+        "out.png"
+    ),
+    model: Annotated[str | None, typer.Option(help="One of `heliograph models list`.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n")] = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "-g")] = None,
+    guidance_rescale: float | None = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s")] = None,
+    samples: int | None = None,
+    sampler: Annotated[str | None, typer.Option(help="Such as euler_a or 'DPM++ 2M Karras'.")] = None,
+    schedule: str | None = None,
+    clip_skip: int | None = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture to start from.")] = None,
+    denoise_strength: Annotated[float | None, typer.Option(help="1 ignores the picture, 0 returns it.")] = None,
+    priority: Annotated[str | None, typer.Option(help="interactive or batch.")] = None,
+    deadline_s: Annotated[float | None, typer.Option("--deadline")] = None,
+    address: Address = ADDRESS,
+    local: Local = False,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Draw PROMPT, through a server or with --local.
+
+    The picture's format is the file's: .png, .jpg or .webp.
+    """
+    options = dict(locals())
+    for name in ("output", "address", "local", "config", "image"):
+        del options[name]
+    body = {name: value for name, value in options.items() if value is not None}
+    body["output_format"] = _format(output)
+    if image is not None:
+        body["image"] = base64.b64encode(_read(image)).decode()
+    _save(_generate(body, address, local, config), output)
+
+
+def _generate(body: dict[str, Any], address: str, local: bool, config: Path) -> Iterator[Any]:
+    from app import client
+
+    if not local:
+        return client.Client(address).generate(body)
+    from app import deployment
+
+    catalogue = deployment.read(config)[0].catalogue
+    name = body.get("model", catalogue.default_model)
+    settings = next((settings for settings in catalogue.models if settings.name == name), None)
+    if settings is None:
+        raise InvalidRequest("model", f"there is no {name!r}; one of: {', '.join(m.name for m in catalogue.models)}")
+    return client.generate_locally(settings, body)
+
+
+def _save(events: Iterator[Any], output: Path) -> None:
+    """Writes each picture as it comes; the bar counts the steps of all of them."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from models.events import Finished
+
+    pictures: list[Finished] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[int, Any] = {}
+        for event in events:
+            if isinstance(event, Finished):
+                pictures.append(event)
+                continue
+            if event.index not in tasks:
+                tasks[event.index] = bar.add_task(f"picture {event.index}", total=event.steps)
+            bar.update(tasks[event.index], completed=event.step)
+    for picture in sorted(pictures, key=lambda picture: picture.index):
+        path = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{picture.index}")
+        path.write_bytes(picture.data)
+        console.print(f"{path}: {picture.width}x{picture.height}, seed {picture.seed}", highlight=False)
+
+
+def _format(output: Path) -> str:
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    if output.suffix.lower() not in formats:
+        raise InvalidRequest("output", f"must end in one of {', '.join(formats)}, not {output.suffix!r}")
+    return formats[output.suffix.lower()]
+
+
+def _read(image: Path) -> bytes:
+    try:
+        return image.read_bytes()
+    except OSError as unreadable:
+        raise InvalidRequest("image", f"cannot read {image}: {unreadable.strerror}") from unreadable
+
+
+@models_app.command("list")
+def list_models(address: Address = ADDRESS, local: Local = False, config: Config = DEFAULT_CONFIG) -> None:
+    """Every model: its size, its defaults, and whether it is awake. * is used when none is named."""
+    from rich.table import Table
+
+    table = Table("model", "family", "state", "size", "max pixels", "steps", "guidance", "sampler")
+    for model in _models(address, local, config):
+        size, defaults = model["size"], model["defaults"]
+        name = f"{model['id']} *" if model["default"] else model["id"]
+        numbers = (str(model["limits"]["max_pixels"]), str(defaults["steps"]), str(defaults["guidance_scale"]))
+        sampler = f"{defaults['sampler']}/{defaults['schedule']}"
+        state = (model["family"], model["state"], f"{size['width']}x{size['height']}")
+        table.add_row(name, *state, *numbers, sampler)
+    Console().print(table)
+
+
+@models_app.command("show")
+def show_model(name: str, address: Address = ADDRESS, local: Local = False, config: Config = DEFAULT_CONFIG) -> None:
+    """All that one model can do, as JSON."""
+    from app import client
+
+    if not local:
+        model = client.Client(address).model(name)
+    else:
+        found = [model for model in _models(address, local, config) if model["id"] == name]
+        if not found:
+            raise InvalidRequest("name", f"there is no model {name!r} in {config}")
+        model = found[0]
+    Console().print_json(data=model)
+
+
+def _models(address: str, local: bool, config: Path) -> list[dict[str, Any]]:
+    if not local:
+        from app import client
+
+        return client.Client(address).models()
+    from app import deployment
+    from app.dialects.native import from_model
+    from app.service import ModelDescription
+
+    catalogue = deployment.read(config)[0].catalogue
+    cards = catalogue.cards().values()
+    default = catalogue.default_model
+    return [from_model(ModelDescription(card=c, state="cold", default=c.name == default)) for c in cards]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure Heliograph against diffusers and @serve.batch; options go to `python -m bench`."""
+    sys.exit(subprocess.call([sys.executable, "-m", "bench", *context.args]))

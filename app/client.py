@@ -1,0 +1,120 @@
+"""A Heliograph server over HTTP, and an engine in this process, as the command line sees them: the same two events."""
+
+import base64
+import json
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+
+from app.settings import ModelSettings
+from models.errors import HeliographError
+from models.events import Event, Failed, Finished, Progress, Timings
+
+REQUEST_TIMEOUT_S = 900.0  # a model that sleeps has to wake first
+
+
+class ServerSaid(HeliographError):
+    """The server refused."""
+
+
+class Unreachable(HeliographError):
+    """No server answers there."""
+
+
+class Client:
+    """Speaks the native API."""
+
+    def __init__(self, address: str):
+        self._address = address.rstrip("/")
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every model the server offers."""
+        return self._get("/v1/models")["data"]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One model."""
+        return self._get(f"/v1/models/{name}")
+
+    def generate(self, body: dict[str, Any]) -> Iterator[Progress | Finished]:
+        """Makes pictures and tells how it goes. Raises ServerSaid or Unreachable."""
+        request = {"json": body | {"stream": True, "preview_every": 0}, "timeout": REQUEST_TIMEOUT_S}
+        try:
+            with httpx2.stream("POST", f"{self._address}/v1/generate", **request) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise _refusal(answer)
+                yield from _parse(answer.iter_lines())
+        except httpx2.HTTPError as gone:
+            raise self._unreachable(gone) from gone
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            answer = httpx2.get(self._address + path, timeout=30)
+        except httpx2.HTTPError as gone:
+            raise self._unreachable(gone) from gone
+        if answer.status_code != 200:
+            raise _refusal(answer)
+        return answer.json()
+
+    def _unreachable(self, gone: Exception) -> Unreachable:
+        hint = "start one with `heliograph serve`, or add --local to do without"
+        return Unreachable(f"no server answers at {self._address} ({gone}); {hint}")
+
+
+def generate_locally(settings: ModelSettings, body: dict[str, Any]) -> Iterator[Progress | Finished]:
+    """Makes pictures with an engine in this process. Raises the errors of models/errors.py."""
+    from app.dialects.native import GenerateBody, to_request
+    from app.replica import start_engine
+
+    request = to_request(GenerateBody.model_validate(body), settings.name).resolve(settings.card())
+    engine, _ = start_engine(settings, warm_up=False)
+    events: queue.Queue[Event] = queue.Queue()
+    try:
+        engine.submit(request, events.put)
+        unfinished = request.samples
+        while unfinished:
+            event = events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+            unfinished -= isinstance(event, Finished)
+    finally:
+        engine.close()
+
+
+def _refusal(answer: httpx2.Response) -> ServerSaid:
+    try:
+        error = answer.json()["error"]
+    except (ValueError, KeyError, TypeError):  # Serve's own answers are plain text
+        return ServerSaid(f"{answer.status_code}: {answer.text.strip()[:500]}")
+    return ServerSaid(f"{error['field']}: {error['message']}" if "field" in error else error["message"])
+
+
+def _parse(lines: Iterator[str]) -> Iterator[Progress | Finished]:
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            make = _EVENTS.get(name)
+            if make is not None:
+                yield make(json.loads(line.removeprefix("data: ")))
+
+
+def _progress(values: dict[str, Any]) -> Progress:
+    return Progress(**{key: values[key] for key in ("index", "step", "steps", "forward", "rows")})
+
+
+def _finished(values: dict[str, Any]) -> Finished:
+    data = base64.b64decode(values.pop("base64"))
+    unknown = Timings(queued_s=0, encode_s=0, denoise_s=0, decode_s=0)
+    return Finished(**values, data=data, revision="", timings=unknown)
+
+
+def _fail(values: dict[str, Any]) -> Any:
+    raise ServerSaid(values["error"]["message"])
+
+
+_EVENTS: dict[str, Callable[[dict[str, Any]], Any]] = {"progress": _progress, "image": _finished, "error": _fail}

@@ -1,0 +1,107 @@
+"""serve_config.yaml as a whole, typed: Serve ignores keys it does not know, we refuse them.
+
+It also checks that the parts agree: the gateway offers what the applications run.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from app.settings import CatalogueSettings, GatewaySettings, ModelSettings, Strict, explain
+from models.errors import InvalidRequest
+
+GATEWAY_IMPORT = "app.main:gateway"
+MODEL_IMPORT = "app.main:model"
+
+
+class HttpOptions(Strict):
+    """Where the proxies listen, and how long a request may take."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    root_path: str = ""
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    keep_alive_timeout_s: int = 90
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+
+class Application(Strict):
+    """One Serve application. `deployments` holds Serve's own options, which Serve's own schema checks."""
+
+    name: str
+    import_path: str
+    route_prefix: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    deployments: list[dict[str, Any]] = Field(default_factory=list)
+    autoscaling_policy: dict[str, Any] | None = None
+    logging_config: dict[str, Any] | None = None
+    external_scaler_enabled: bool = False
+
+    def user_config(self, deployment: str) -> Any:
+        """The user_config of one deployment, None where there is none."""
+        return next((d.get("user_config") for d in self.deployments if d.get("name") == deployment), None)
+
+
+class Deployment(Strict):
+    """The whole file."""
+
+    proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
+    http_options: HttpOptions = HttpOptions()
+    grpc_options: dict[str, Any] = Field(default_factory=dict)
+    controller_options: dict[str, Any] | None = None
+    logging_config: dict[str, Any] | None = None
+    tracing_config: dict[str, Any] | None = None
+    target_capacity: float | None = None
+    applications: list[Application] = Field(min_length=1)
+
+    @property
+    def models(self) -> list[ModelSettings]:
+        """The models that the file runs."""
+        return [ModelSettings.model_validate(a.args) for a in self.applications if a.import_path == MODEL_IMPORT]
+
+    @property
+    def catalogue(self) -> CatalogueSettings:
+        """The models that the gateway offers."""
+        gateway = next(a for a in self.applications if a.import_path == GATEWAY_IMPORT)
+        return CatalogueSettings.model_validate(gateway.user_config("Gateway"))
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        gateways = [a for a in self.applications if a.import_path == GATEWAY_IMPORT]
+        if len(gateways) != 1:
+            raise ValueError(f"exactly one application must have import_path {GATEWAY_IMPORT}, not {len(gateways)}")
+        GatewaySettings.model_validate(gateways[0].args)
+        running = {a.name: ModelSettings.model_validate(a.args) for a in self.applications if _runs_model(a)}
+        for name, model in running.items():
+            if name != model.application:
+                raise ValueError(f"the application of model {model.name} must be named {model.application}, not {name}")
+        for model in self.catalogue.models:
+            if running.get(model.application) != model:
+                raise ValueError(
+                    f"the gateway offers model {model.name}, but no application {model.application} runs it with the "
+                    "same settings; share them by a YAML anchor"
+                )
+        return self
+
+
+def _runs_model(application: Application) -> bool:
+    return application.import_path == MODEL_IMPORT
+
+
+def read(path: Path) -> tuple[Deployment, dict[str, Any]]:
+    """The file, typed and as plain data for Serve. Raises InvalidRequest saying where it is wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+        return Deployment.model_validate(raw), raw
+    except FileNotFoundError as missing:
+        raise InvalidRequest("config", f"there is no file {path}") from missing
+    except yaml.YAMLError as malformed:
+        raise InvalidRequest("config", f"{path} is not YAML: {malformed}") from malformed
+    except ValidationError as wrong:
+        raise InvalidRequest("config", f"{path} is not a valid configuration\n{explain(wrong)}") from wrong

@@ -1,0 +1,19 @@
+"""What the gateway hears from a replica besides the engine's own events."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.events import Event
+
+ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """The engine took the request on. `waiting` requests were before it; nothing of it can be refused from now on."""
+
+    waiting: int
+    revision: str
+
+
+ReplicaEvent = Admitted | Event

@@ -1,0 +1,175 @@
+"""The gateway: a plain FastAPI application around the service, and the deployment class that hosts it in Serve.
+
+`build` needs neither Ray nor a model, so tests call it with a small service of their own.
+"""
+
+import asyncio
+import contextvars
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import dialects
+from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
+from app.service import Service
+from app.settings import CatalogueSettings, GatewaySettings
+from models.errors import HeliographError
+from models.request import GenerationRequest
+
+WARM_UP_PAUSE_S = 1.0
+
+DESCRIPTION = """Stable Diffusion served on Ray Serve.
+
+`POST /v1/generate` makes pictures, `GET /v1/models` tells what each model can do. Errors have one shape:
+`{"error": {"code", "message", "field", "retryable"}}`; where `retryable` is true, send the same request again after
+`Retry-After` seconds."""
+
+
+class Gateway:
+    """Hosts the application in a Serve replica. The models come by `reconfigure`, so they change without a restart."""
+
+    def __init__(self, settings: GatewaySettings):
+        from app.router import Router  # the only thing here that needs Ray
+
+        self._settings = settings
+        self._service = Service(Router(settings.request_timeout_s))
+        self._readiness = Readiness(self._service)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build(self._service, self._settings, self._readiness.reason)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes over the models of a new user_config. Raises ValidationError, which fails the deployment."""
+        catalogue = CatalogueSettings.model_validate(user_config)
+        self._service.offer(catalogue.cards(), catalogue.default_model)
+        self._readiness.warm_up()
+
+
+class Readiness:
+    """Ready once a real picture came out of the default model, and for as long as that model runs."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._warming: asyncio.Task[None] | None = None
+
+    def warm_up(self) -> None:
+        """Draws a picture in the background; a picture that is being drawn for an older configuration is dropped."""
+        if self._warming is not None:
+            self._warming.cancel()
+        # A task copies the context of its request, and Serve would cancel it with that request: hence a clean one.
+        self._warming = asyncio.get_running_loop().create_task(self._draw(), context=contextvars.Context())
+
+    async def reason(self) -> str | None:
+        """Why the application is not ready, None when it is."""
+        if self._warming is None or not self._warming.done():
+            return f"model {self._service.default_model} has not drawn its first picture yet"
+        if self._warming.cancelled() or self._warming.exception() is not None:
+            return "the warm-up ended without a picture"
+        model = await self._service.model(self._service.default_model)
+        return None if model.state == "ready" else f"model {model.card.name} is {model.state}"
+
+    async def _draw(self) -> None:
+        while True:
+            try:
+                request = GenerationRequest(model=self._service.default_model, prompt="warm-up", steps=2, seed=0)
+                await self._service.generate(request)
+                return
+            except HeliographError:  # the model still loads, or is full: there is nothing to do but ask again
+                await asyncio.sleep(WARM_UP_PAUSE_S)
+
+
+def build(service: Service, settings: GatewaySettings, unready_reason: Callable[[], Awaitable[str | None]]) -> FastAPI:
+    """The application: the configured dialects, health, errors, and the limits every request has to pass."""
+    app = FastAPI(title="Heliograph", description=DESCRIPTION, version="1", redoc_url=None)
+    for name in settings.dialects:
+        app.include_router(dialects.load(name).routes(service))
+    _add_health(app, unready_reason)
+    app.add_exception_handler(HeliographError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_fault)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestId)
+    return app
+
+
+def _add_health(app: FastAPI, unready_reason: Callable[[], Awaitable[str | None]]) -> None:
+    @app.get("/healthz", tags=["health"], summary="Whether the gateway lives")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["health"], summary="Whether the default model has drawn a picture and runs")
+    async def readyz() -> JSONResponse:
+        reason = await unready_reason()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "starting", "reason": reason}, 503, {"retry-after": "1"})
+
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HeliographError)
+    return JSONResponse(envelope(error), status_of(error), headers_of(error))
+
+
+async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(http_envelope(error.status_code, error.detail), error.status_code, error.headers)
+
+
+async def _answer_fault(_: Request, __: Exception) -> JSONResponse:
+    return JSONResponse(http_envelope(500, "Heliograph made a mistake; its log has the details"), 500)
+
+
+class BodyLimit:
+    """Answers 413 to a body beyond the limit: by its declared length before anything is read, else while reading."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error = BodyTooLarge("body", f"must have at most {self._max_bytes} bytes")
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await JSONResponse(envelope(error), status_of(error))(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_bytes:
+                raise error
+            return message
+
+        await self._app(scope, limited, send)
+
+
+class RequestId:
+    """Gives every answer an `x-request-id`: the caller's where it is a plain word, a new one otherwise."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if given.isascii() and given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex
+
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = id
+            await send(message)
+
+        await self._app(scope, receive, stamped)

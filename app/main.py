@@ -1,0 +1,47 @@
+"""The whole Serve graph on one page: each model is an application of its own, and so is the gateway.
+
+Serve restarts every replica of an application whose args change, so what changes apart is deployed apart. Only the
+gateway has a route; it finds models by their application's name. Numbers here are defaults that serve_config.yaml may
+override.
+"""
+
+from ray import serve
+from ray.serve import Application
+
+from app.ingress import Gateway
+from app.replica import Model
+from app.settings import MODEL_DEPLOYMENT, GatewaySettings, ModelSettings
+
+_GATEWAY = serve.deployment(
+    name="Gateway",
+    # Every waiting client holds a slot: with Serve's default of 5 the rest would wait in the proxy, unseen.
+    max_ongoing_requests=1000,
+    max_surge_percent=100,
+    health_check_period_s=5,
+    health_check_timeout_s=15,
+    graceful_shutdown_timeout_s=120,
+    graceful_shutdown_wait_loop_s=0.5,
+    ray_actor_options={"num_cpus": 0.1},
+)
+
+_MODEL = serve.deployment(
+    name=MODEL_DEPLOYMENT,
+    # Above what an engine lets wait and run, so that the engine refuses (429) before Serve hides requests in a queue.
+    max_ongoing_requests=256,
+    max_queued_requests=256,  # those that wait for a replica to wake
+    health_check_period_s=2,
+    health_check_timeout_s=20,
+    graceful_shutdown_timeout_s=180,  # longer than the longest generation: a replica that stops finishes its work
+    graceful_shutdown_wait_loop_s=0.5,
+    ray_actor_options={"num_cpus": 0.1},
+)
+
+
+def gateway(args: GatewaySettings) -> Application:
+    """The application that answers HTTP."""
+    return _GATEWAY(serve.ingress()(Gateway)).bind(args)
+
+
+def model(args: ModelSettings) -> Application:
+    """The application that runs one model."""
+    return _MODEL(Model).bind(args)

@@ -1,0 +1,97 @@
+"""The deployment that runs a model: one engine in one thread behind an async generator.
+
+torch is imported when a replica is made, never when this module is: Serve's own processes import it too.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from app.events import Admitted, ReplicaEvent
+from app.settings import ModelSettings, cores
+from models.errors import HeliographError
+from models.events import Event, Failed, Finished
+from models.request import EffectiveRequest
+
+
+class Model:
+    """A model with its weights loaded and its engine running."""
+
+    async def __init__(self, settings: ModelSettings):
+        # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
+        self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
+
+    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
+        """Runs one request and yields its events, Admitted first. A caller who stops listening cancels it.
+
+        A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
+        """
+        # Not bounded by a number because it is by nature: steps x samples events, and only the last pictures are large.
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        try:
+            waiting = self._engine.load().waiting
+            id = self._engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        except HeliographError as refusal:
+            yield Failed(error=refusal)
+            return
+        try:
+            yield Admitted(waiting=waiting, revision=self._engine.revision)
+            unfinished = request.samples
+            while unfinished:
+                event = await events.get()
+                yield event
+                if isinstance(event, Failed):
+                    return
+                unfinished -= isinstance(event, Finished)
+        finally:
+            self._engine.cancel(id)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs here and how busy it is."""
+        load = self._engine.load()
+        return self._facts | {
+            "revision": self._engine.revision,
+            "waiting": load.waiting,
+            "running": load.running,
+            "rows": load.rows,
+            "forwards": load.forwards,
+            "seconds_left": load.seconds_left,
+        }
+
+    def check_health(self) -> None:
+        """Raises when the engine can no longer work, so that Serve replaces the replica."""
+        reason = self._engine.healthy()
+        if reason is not None:
+            raise RuntimeError(f"the engine is not healthy: {reason}")
+
+    def __del__(self) -> None:
+        # Serve calls this after the last request has left. An engine that never started is not there to close.
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+
+def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The engine of a model, loaded and running, and the facts about it that do not change."""
+    import torch
+
+    from models import families
+    from models.engine import Engine
+
+    # Ray sets OMP_NUM_THREADS from num_cpus, which counts for placement only.
+    torch.set_num_threads(settings.threads or cores())
+    family = families.load(
+        family=settings.family,
+        source=settings.located_source,
+        revision=settings.revision,
+        config=settings.config,
+        device=settings.device,
+        dtype=settings.dtype,
+        offload=settings.offload,
+    )
+    engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
+    if warm_up:
+        engine.warm_up()
+    engine.start()
+    return engine, {"name": settings.name, "family": settings.family, "threads": torch.get_num_threads()}

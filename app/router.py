@@ -1,0 +1,166 @@
+"""From a model's name to its replicas and back: cached handles, deadlines, one retry when a replica dies.
+
+Ray's exceptions end here: what leaves is an event or an error of models/errors.py.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from app.events import Admitted, ModelState, ReplicaEvent
+from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT
+from models.errors import GenerationFailed, HeliographError, Overloaded
+from models.events import Failed, Finished
+from models.request import DEADLINE_S, EffectiveRequest
+
+ATTEMPTS = 2
+DEADLINE_GRACE_S = 1.0  # the engine notices a deadline first and says so better; this is for requests it never saw
+STATUS_AGE_S = 1.0
+STATUS_TIMEOUT_S = 5.0
+BACKPRESSURE_RETRY_S = 5.0
+
+
+class Router:
+    """One per gateway process."""
+
+    def __init__(self, request_timeout_s: float):
+        self._request_timeout_s = request_timeout_s
+        # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
+        self._handles: dict[str, Any] = {}
+        self._states = _States()
+
+    async def state(self, model: str) -> ModelState:
+        """Whether the model answers at once, after loading, or not at all."""
+        return await self._states.of(model)
+
+    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
+        """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
+        whose replica died is sent once more, and what was delivered already is left out."""
+        deadline = time.monotonic() + self._patience_s(request)
+        delivered: set[int] = set()
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with aclosing(self._attempt(request, deadline)) as events:
+                    async for event in events:
+                        if not _is_repeated(event, delivered, attempt):
+                            yield event
+                        if isinstance(event, Finished):
+                            delivered.add(event.index)
+                return
+            except RayActorError as death:
+                if attempt == ATTEMPTS:
+                    raise GenerationFailed(
+                        "replica_lost", "the replica died while it worked on the request; send it again"
+                    ) from death
+
+    def _patience_s(self, request: EffectiveRequest) -> float:
+        if request.deadline_s is None:
+            return self._request_timeout_s
+        return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
+
+    async def _attempt(self, request: EffectiveRequest, deadline: float) -> AsyncGenerator[ReplicaEvent, None]:
+        left_s = deadline - time.monotonic()
+        if request.deadline_s is not None:
+            request = replace(request, deadline_s=max(DEADLINE_S.low, min(request.deadline_s, left_s)))
+        response = None
+        try:
+            async with asyncio.timeout(left_s):
+                handle = await self._handle(request.model)
+                response = handle.generate.remote(request)
+            while True:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    event = await anext(response, None)
+                if event is None:
+                    return
+                yield event
+        except TimeoutError as late:
+            raise GenerationFailed("deadline", "the pictures were not finished in time") from late
+        except RayActorError:
+            raise
+        except (RayError, RayServeException) as fault:
+            raise _typed(fault, request.model) from fault
+        finally:
+            if response is not None:
+                response.cancel()
+
+    async def _handle(self, model: str) -> Any:
+        """The model's handle, made on first use. Raises GenerationFailed where nothing runs the model."""
+        state = await self._states.of(model)
+        if state in ("missing", "failed"):
+            self._handles.pop(model, None)
+            raise _unavailable(model, state)
+        if model not in self._handles:
+            make = partial(serve.get_deployment_handle, MODEL_DEPLOYMENT, app_name=MODEL_APPLICATION.format(name=model))
+            handle = await asyncio.get_running_loop().run_in_executor(None, make)
+            self._handles.setdefault(model, handle.options(stream=True))
+        return self._handles[model]
+
+
+class _States:
+    """What Serve says of each model, asked at most once a second: its controller is one busy process."""
+
+    def __init__(self):
+        self._known: dict[str, ModelState] = {}
+        self._asked_at = -STATUS_AGE_S
+        self._asking = asyncio.Lock()
+
+    async def of(self, model: str) -> ModelState:
+        async with self._asking:
+            if time.monotonic() - self._asked_at >= STATUS_AGE_S:
+                await self._ask()
+        return self._known.get(MODEL_APPLICATION.format(name=model), "missing")
+
+    async def _ask(self) -> None:
+        """A controller that does not answer (it is being replaced) leaves what was known: replicas work without it."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status = await asyncio.get_running_loop().run_in_executor(None, serve.status)
+        except (TimeoutError, RayError, RayServeException):
+            return
+        finally:
+            self._asked_at = time.monotonic()
+        self._known = {name: _state(overview) for name, overview in status.applications.items()}
+
+
+def _state(overview: Any) -> ModelState:
+    deployment = overview.deployments.get(MODEL_DEPLOYMENT)
+    replicas = deployment.replica_states if deployment else {}
+    if replicas.get("RUNNING"):
+        return "ready"
+    if overview.status in ("DEPLOY_FAILED", "DELETING"):
+        return "failed"
+    if any(replicas.get(state) for state in ("STARTING", "UPDATING", "RECOVERING")):
+        return "loading"
+    if overview.status in ("DEPLOYING", "NOT_STARTED"):
+        return "loading"
+    return "failed" if overview.status == "UNHEALTHY" else "cold"
+
+
+def _is_repeated(event: ReplicaEvent, delivered: set[int], attempt: int) -> bool:
+    if isinstance(event, Admitted):
+        return attempt > 1
+    return not isinstance(event, Failed) and event.index in delivered
+
+
+def _unavailable(model: str, state: str) -> GenerationFailed:
+    why = "its application is not deployed" if state == "missing" else "it failed to start; see `serve status`"
+    return GenerationFailed("replica_lost", f"model {model} does not run at the moment: {why}")
+
+
+def _typed(fault: Exception, model: str) -> HeliographError:
+    """One of our errors for one of Ray's."""
+    if isinstance(fault, RayTaskError) and isinstance(fault.cause, HeliographError):
+        return fault.cause
+    if isinstance(fault, BackPressureError):
+        return Overloaded(BACKPRESSURE_RETRY_S, f"too many requests wait for model {model}")
+    if isinstance(fault, DeploymentUnavailableError):
+        return _unavailable(model, "failed")
+    return GenerationFailed("engine_fault", f"the replica of model {model} failed on the request; send it again")

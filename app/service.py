@@ -1,0 +1,144 @@
+"""Everything a dialect may ask: generate, stream, models. Knows neither HTTP nor Ray; the router is handed to it."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.events import Admitted, ModelState, ReplicaEvent
+from models.card import ModelCard
+from models.errors import GenerationFailed, NotFound
+from models.events import Failed, Finished, Progress, Timings
+from models.request import EffectiveRequest, GenerationRequest
+
+
+class Router(Protocol):
+    """Brings a request to a replica of its model, and the replica's events back."""
+
+    def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]: ...
+
+    async def state(self, model: str) -> ModelState: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """A replica has taken the request on; the first thing a stream says."""
+
+    id: str
+    created: int
+    request: EffectiveRequest
+    revision: str
+    waiting: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """All pictures of a request in order, and how they came about; the last thing a stream says."""
+
+    id: str
+    created: int
+    request: EffectiveRequest
+    revision: str
+    images: tuple[Finished, ...]
+    total_s: float
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The pictures' warnings, each once."""
+        return tuple(dict.fromkeys(warning for image in self.images for warning in image.warnings))
+
+    @property
+    def timings(self) -> Timings:
+        """The longest that any picture spent in each stage."""
+        spent = [image.timings for image in self.images]
+        return Timings(
+            queued_s=max(t.queued_s for t in spent),
+            encode_s=max(t.encode_s for t in spent),
+            denoise_s=max(t.denoise_s for t in spent),
+            decode_s=max(t.decode_s for t in spent),
+        )
+
+
+StreamEvent = Accepted | Progress | Finished | GenerationResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """A model's card, whether it answers at once, and whether it is the one that is used when none is named."""
+
+    card: ModelCard
+    state: ModelState
+    default: bool
+
+
+class Service:
+    """The models by name and the way to their replicas."""
+
+    def __init__(self, router: Router):
+        self._router = router
+        self._cards: dict[str, ModelCard] = {}
+        self._default_model = ""
+
+    def offer(self, cards: dict[str, ModelCard], default_model: str) -> None:
+        """Replaces the models on offer; requests under way are not touched."""
+        self._cards, self._default_model = dict(cards), default_model
+
+    @property
+    def default_model(self) -> str:
+        """The model of a request that names none."""
+        return self._default_model
+
+    def card(self, model: str) -> ModelCard:
+        """A model's card. Raises NotFound listing the models there are."""
+        if model not in self._cards:
+            raise NotFound(f"there is no model {model!r}; the models are: {', '.join(self._cards)}")
+        return self._cards[model]
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Makes all pictures of a request. Raises the errors of models/errors.py."""
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, GenerationResult):
+                    return event
+        raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
+        """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
+        started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
+        effective = request.resolve(self.card(request.model))
+        images: dict[int, Finished] = {}
+        async with aclosing(self._router.generate(effective)) as events:
+            async for event in events:
+                match event:
+                    case Admitted(waiting=waiting, revision=revision):
+                        yield Accepted(id=id, created=created, request=effective, revision=revision, waiting=waiting)
+                    case Failed(error=error):
+                        raise error
+                    case Finished(index=index):
+                        images[index] = event
+                        yield event
+                    case Progress():
+                        yield event
+                if len(images) == effective.samples:
+                    break
+        if len(images) < effective.samples:
+            raise GenerationFailed("engine_fault", "the engine ended the request without all of its pictures")
+        yield GenerationResult(
+            id=id,
+            created=created,
+            request=effective,
+            revision=images[0].revision,
+            images=tuple(images[index] for index in sorted(images)),
+            total_s=time.monotonic() - started,
+        )
+
+    async def models(self) -> list[ModelDescription]:
+        """Every model on offer."""
+        return [await self.model(name) for name in self._cards]
+
+    async def model(self, name: str) -> ModelDescription:
+        """One model. Raises NotFound listing the models there are."""
+        card = self.card(name)
+        return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)

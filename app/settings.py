@@ -1,0 +1,145 @@
+"""What serve_config.yaml may say about a model and about the gateway, and the environment variables we set or read.
+
+Nothing else in the application reads the environment. Unknown keys are refused; every field has a default that works on
+a laptop.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from models.card import ModelCard
+
+PROJECT = Path(__file__).resolve().parent.parent
+MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; the router finds it by this name
+MODEL_DEPLOYMENT = "Model"
+
+# What `heliograph serve` sets before it imports Ray, unless it is set already. Token authentication because Ray's
+# dashboard runs code for whoever reaches it (CVE-2023-48022); frequent pushes because the autoscaler is blind between.
+RAY_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "268435456",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]{1,64}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys and does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CardDefaults(Strict):
+    """What a model does when a request says nothing; see ModelCard for the meaning of each field."""
+
+    width: int | None = None
+    height: int | None = None
+    max_pixels: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    tasks: tuple[str, ...] | None = None
+
+
+class ModelSettings(Strict):
+    """One model: where its weights are, where it runs, how much may wait for it, and its default parameters."""
+
+    name: Name
+    family: Name = "sd"
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    config: str | None = None
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    offload: bool = False
+    threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
+    max_waiting: int = Field(default=64, ge=1, description="requests that may wait before new ones get 429")
+    defaults: CardDefaults = CardDefaults()
+
+    @property
+    def located_source(self) -> str:
+        """The source, with a folder that ships with the project found from whatever directory a worker starts in."""
+        shipped = PROJECT / self.source
+        return str(shipped) if not Path(self.source).exists() and shipped.exists() else self.source
+
+    @property
+    def application(self) -> str:
+        """The name of the Serve application that runs this model."""
+        return MODEL_APPLICATION.format(name=self.name)
+
+    def card(self) -> ModelCard:
+        """What the model can do, read without its weights and without torch."""
+        defaults = self.defaults.model_dump(exclude_none=True)
+        return ModelCard.read(self.name, self.family, self.located_source, defaults)
+
+
+class GatewaySettings(Strict):
+    """What the gateway needs to start. A change here restarts it, so the models are not among it."""
+
+    max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
+    request_timeout_s: Positive = 600.0
+    dialects: tuple[Name, ...] = ("native",)
+
+
+class CatalogueSettings(Strict):
+    """The models the gateway knows. Arrives as `user_config`, so Serve changes it in place."""
+
+    models: tuple[ModelSettings, ...] = Field(min_length=1)
+    default_model: Name
+
+    @model_validator(mode="after")
+    def _names_are_right(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models have the same name: {', '.join(names)}")
+        if self.default_model not in names:
+            raise ValueError(f"default_model must be one of {', '.join(names)}, not {self.default_model!r}")
+        return self
+
+    def cards(self) -> dict[str, ModelCard]:
+        """The models' cards by name, in the order of the file."""
+        return {model.name: model.card() for model in self.models}
+
+
+def set_ray_environment() -> None:
+    """Sets RAY_ENVIRONMENT where nothing is set. Call it before Ray is imported: it reads its constants then."""
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Ray's workers import the project from wherever they start, also where it is not installed.
+    paths = [str(PROJECT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+
+
+def ray_auth_mode() -> str:
+    """How Ray's own ports are guarded: `token` or `disabled`."""
+    return os.environ.get("RAY_AUTH_MODE", RAY_ENVIRONMENT["RAY_AUTH_MODE"])
+
+
+def cores() -> int:
+    """The processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def explain(error: ValidationError) -> str:
+    """What pydantic found wrong, one line for each place in the file."""
+    return "\n".join(f"{_place(fault['loc'])}: {_complaint(fault)}" for fault in error.errors(include_url=False))
+
+
+def _place(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path) or "the file"
+
+
+def _complaint(fault: Any) -> str:
+    return "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]

@@ -1,0 +1,144 @@
+"""Between bytes and values: strict JSON in, negotiated media types and server-sent events out, clients that leave."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from app.errors import MalformedBody, NotAcceptable
+from models.errors import Cancelled, InvalidRequest
+
+Body = TypeVar("Body", bound=BaseModel)
+Answer = TypeVar("Answer")
+
+
+async def read_json(request: Request, body: type[Body]) -> Body:
+    """The request's body as a wire model, whatever its content-type says: a type never chooses a decoder here.
+
+    orjson because it refuses NaN, lone surrogates and bottomless nesting, which the standard library lets through.
+    """
+    try:
+        values = orjson.loads(await request.body())
+    except orjson.JSONDecodeError as malformed:
+        raise MalformedBody("body", f"is not valid JSON: {malformed}") from malformed
+    if not isinstance(values, dict):
+        raise MalformedBody("body", "must be a JSON object")
+    try:
+        return body.model_validate(values)
+    except ValidationError as wrong:
+        raise _invalid(wrong, body) from wrong
+
+
+def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
+    """The first fault, said in terms of the field."""
+    fault = wrong.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in fault["loc"]) or "body"
+    match fault["type"]:
+        case "extra_forbidden":
+            message = f"unknown field; the fields are: {', '.join(body.model_fields)}"
+        case "missing":
+            message = "is required"
+        case _:
+            message = fault["msg"]
+    return InvalidRequest(field, message)
+
+
+def decode_base64(text: str, field: str) -> bytes:
+    """The bytes of a base64 text, bare or as a data URI. Raises InvalidRequest naming the field."""
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise InvalidRequest(field, "must be a data URI in base64")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as malformed:
+        raise InvalidRequest(field, "must be a picture in base64") from malformed
+
+
+def encode_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def json_response(values: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(values), media_type="application/json", headers=dict(headers or {}))
+
+
+def choose_media_type(accept: str, offered: tuple[str, ...]) -> str:
+    """The offered type that an Accept header likes best, the first of equals; no header likes anything.
+
+    Raises NotAcceptable where it likes none (RFC 9110, 12.5.1).
+    """
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
+    if not ranges:
+        return offered[0]
+    liking = {kind: _liking(kind, ranges) for kind in offered}
+    best = max(offered, key=lambda kind: liking[kind])  # max keeps the first of equals
+    if not liking[best]:
+        raise NotAcceptable("Accept", f"asks for {accept!r}; there are: {', '.join(offered)}")
+    return best
+
+
+def _media_range(part: str) -> tuple[str, float]:
+    kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+    try:
+        return kind, float(quality)
+    except ValueError as malformed:
+        raise NotAcceptable("Accept", f"has a quality that is no number: {quality!r}") from malformed
+
+
+def _liking(kind: str, ranges: list[tuple[str, float]]) -> float:
+    """The quality of the most specific range that fits."""
+    for name in (kind, kind.split("/")[0] + "/*", "*/*"):
+        fitting = [quality for range, quality in ranges if range == name]
+        if fitting:
+            return max(fitting)
+    return 0.0
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Does the work while the client is there, and cancels it when the client goes.
+
+    Serve cancels a handler whose client has gone too, unless a header that anyone may send asks it not to.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def server_sent_event(name: str, values: Any) -> bytes:
+    """One event; JSON has no raw newlines, so one data line holds it (WHATWG HTML, 9.2)."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(values) + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from an async generator, which is closed however the answer ends."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]):
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
