@@ -1,0 +1,120 @@
+"""One forward for many rows: every sequence of a batch takes one step of its own tape."""
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import torch
+
+from models.conditioning import stack
+from models.family import Conditioning, Family
+from models.sequence import Sequence
+from models.tapes import HISTORY, M, Z
+
+
+@dataclass
+class _Batch:
+    """Sequences side by side, and what of them stays the same while they stay together."""
+
+    sequences: list[Sequence]
+    history: torch.Tensor  # (n, 8, c, h, w), of which each sequence holds its own part
+    parts: list[torch.Tensor]
+    rows: Conditioning
+    owners: torch.Tensor  # (rows,) the sequence that each row belongs to
+    guided: torch.Tensor  # (n,) each sequence's conditional row
+    unguided: torch.Tensor  # (n,) its unconditional row; the conditional one again where it has none
+    scale: torch.Tensor  # (n, 1, 1, 1) guidance
+    rescale: torch.Tensor | None  # (n, 1, 1, 1) guidance rescale, where any sequence asks for it
+
+    def holds(self, sequences: list[Sequence]) -> bool:
+        """Whether these are the same sequences, and none has begun anew."""
+        return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
+
+
+class Denoiser:
+    """Steps batches of one latent shape through one family's network."""
+
+    def __init__(self, family: Family):
+        self._family = family
+        self._batch: _Batch | None = None
+
+    @torch.inference_mode()
+    def step(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Moves every sequence one forward on. Returns the clean latents each expects now, (n, c, h, w).
+
+        Nothing has changed when it raises, so the same sequences can be stepped again in smaller batches.
+        """
+        batch = self._assemble(sequences)
+        tapes = [(s.tape, s.position) for s in sequences]
+        x = batch.history[:, 0]
+        inputs = x * self._column([tape.input_scales[i] for tape, i in tapes])
+        timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
+        outputs = self._family.predict(inputs[batch.owners], timesteps[batch.owners], batch.rows)
+        m = _guide(outputs, batch)
+        coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
+        batch.history[:, M.start] = m
+        after = torch.einsum("ns,nschw->nchw", coefficients[:, :Z], batch.history)
+        noise = self._noise(sequences)
+        if noise is not None:
+            after = after + coefficients[:, Z, None, None, None] * noise
+        estimates = self._to_device(torch.stack([tape.estimates[i] for tape, i in tapes]))
+        clean = estimates[:, 0, None, None, None] * x + estimates[:, 1, None, None, None] * m
+        self._advance(batch, after)
+        return clean
+
+    def _assemble(self, sequences: list[Sequence]) -> _Batch:
+        """The batch for these sequences; the last one again, when nobody has joined or left since."""
+        if self._batch is not None and self._batch.holds(sequences):
+            return self._batch
+        owners, guided = [], []
+        for n, sequence in enumerate(sequences):
+            owners += [n] * sequence.rows
+            guided.append(len(owners) - 1)
+        rescales = [s.request.guidance_rescale if s.request.guided else 0.0 for s in sequences]
+        last = torch.tensor(guided)
+        return _Batch(
+            sequences=list(sequences),
+            history=torch.stack([s.history for s in sequences if s.history is not None]),
+            parts=[],
+            rows=stack([row for s in sequences for row in s.conditioning]),
+            owners=self._to_device(torch.tensor(owners)),
+            guided=self._to_device(last),
+            unguided=self._to_device(last - torch.tensor([s.rows - 1 for s in sequences])),
+            scale=self._column([s.request.guidance_scale for s in sequences]),
+            rescale=self._column(rescales) if any(rescales) else None,
+        )
+
+    def _noise(self, sequences: list[Sequence]) -> torch.Tensor | None:
+        """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others."""
+        if not any(s.tape.draws[s.position] for s in sequences):
+            return None
+        drawn = [s.noise() if s.tape.draws[s.position] else torch.zeros(s.shape) for s in sequences]
+        return self._to_device(torch.stack(drawn))
+
+    def _advance(self, batch: _Batch, after: torch.Tensor) -> None:
+        """Shifts the histories by one step and hands each sequence its own."""
+        before = batch.history
+        kept_x, kept_m = before[:, :HISTORY], before[:, M.start : M.stop - 1]
+        batch.history = torch.cat([after[:, None], kept_x, before[:, :1], kept_m], 1)  # slot M.start is free again
+        batch.parts = list(batch.history)
+        for sequence, history in zip(batch.sequences, batch.parts, strict=True):
+            sequence.history = history
+            sequence.position += 1
+        self._batch = batch
+
+    def _column(self, values: Several[float | torch.Tensor]) -> torch.Tensor:
+        """(n, 1, 1, 1) float32 on the device."""
+        return self._to_device(torch.tensor([float(v) for v in values]))[:, None, None, None]
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._family.device, non_blocking=True)
+
+
+def _guide(outputs: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) and its rescaling (arXiv:2305.08891, 3.4), per sequence."""
+    conditional, unconditional = outputs[batch.guided], outputs[batch.unguided]
+    guided = unconditional + batch.scale * (conditional - unconditional)
+    if batch.rescale is None:
+        return guided
+    axes = (1, 2, 3)
+    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    return torch.where(batch.rescale > 0, batch.rescale * matched + (1 - batch.rescale) * guided, guided)

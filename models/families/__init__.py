@@ -1,0 +1,30 @@
+"""The architectures: one module each, whose name is its registration."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from models.errors import InvalidRequest
+from models.family import Family
+from models.weights import Source, place
+
+NAMES = tuple(sorted(module.name for module in iter_modules(__path__)))
+
+
+def load(
+    *,
+    family: str,
+    source: str,
+    revision: str | None = None,
+    config: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+) -> Family:
+    """Loads a model's weights straight to the device. Takes seconds to minutes.
+
+    Raises InvalidRequest for an unknown family, weights that are not safetensors, or a device that is not there.
+    """
+    if family not in NAMES:
+        raise InvalidRequest("family", f"unknown family {family!r}; one of: {', '.join(NAMES)}")
+    module = import_module(f"{__name__}.{family}")
+    return module.load(Source(location=source, revision=revision, config=config), place(device, dtype, offload))

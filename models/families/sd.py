@@ -1,0 +1,60 @@
+"""Stable Diffusion 1.5 and 2.1: one text encoder, a UNet with cross-attention, epsilon or v prediction.
+
+The two differ in configuration alone: SD 2.1's files carry an OpenCLIP encoder without its last layer, so that its last
+hidden state is the penultimate one of the original.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from models.autoencoder import Autoencoder
+from models.family import Conditioning, Embedding
+from models.tokens import tokenize
+from models.weights import Components, Placement, Source
+from models.weights import load as load_weights
+
+COMPONENTS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+}
+
+
+def load(source: Source, placement: Placement) -> "SD":
+    return SD(load_weights(source, COMPONENTS, placement), placement)
+
+
+class SD:
+    """SD 1.5 or 2.1 with weights; see models.family.Family."""
+
+    zero_empty_negative = False
+
+    def __init__(self, components: Components, placement: Placement):
+        self._unet: Any = components.modules["unet"]
+        self._text_encoder: Any = components.modules["text_encoder"]
+        self._tokenizer: Any = components.modules["tokenizer"]
+        self.device = placement.device
+        self._dtype = placement.dtype
+        self.autoencoder = Autoencoder(components.modules["vae"], placement.device)
+        self.revision = components.revision
+        self.scheduler_config = components.scheduler_config
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
+        ids, truncated = tokenize(self._tokenizer, prompts)
+        output = self._text_encoder(ids.to(self.device), output_hidden_states=True)
+        hidden = output.last_hidden_state
+        if clip_skip:
+            hidden = self._text_encoder.text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        return [Embedding(context=c, truncated=t) for c, t in zip(hidden.to(self._dtype), truncated, strict=True)]
+
+    def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
+        return Conditioning(context=embedding.context)
+
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+        return self._unet(latents.to(self._dtype), timesteps, rows.context, return_dict=False)[0].float()

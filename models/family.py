@@ -1,0 +1,53 @@
+"""The contract between the engine and an architecture: what every file in `families/` offers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from models.autoencoder import Autoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A prompt as a family's text encoders see it.
+
+    `context` (tokens, width) and, where the family has one, `pooled` (width,); `truncated` is the text that did not
+    fit, empty when all did.
+    """
+
+    context: torch.Tensor
+    pooled: torch.Tensor | None = None
+    truncated: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name."""
+
+    context: torch.Tensor
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Family(Protocol):
+    """An architecture with weights. Called from one thread only; keeps nothing of a request."""
+
+    autoencoder: Autoencoder
+    device: torch.device
+    revision: str
+    scheduler_config: Mapping[str, Any]
+    zero_empty_negative: bool
+    """Whether an empty negative prompt means zeros instead of the empty text's embedding (SDXL)."""
+
+    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
+        """Text encoders over several prompts at once; `clip_skip` last layers are left out."""
+        ...
+
+    def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
+        """What a row of a picture of this size gets besides its latents."""
+        ...
+
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+        """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32."""
+        ...

@@ -1,0 +1,200 @@
+"""Tapes: any diffusers scheduler of this field, run once on random probes and kept as rows of coefficients.
+
+A solver's step is linear in the last few latents x, the last few model outputs m and fresh noise z:
+
+    x' = sum_j a_j x[-j] + sum_j b_j m[-j] + c z,   j = 0 .. HISTORY
+
+so the library's own scheduler is run on independent random vectors instead of latents, and each step's coefficients are
+read off by least squares. The mathematics stays diffusers'; a scheduler that is not linear leaves a residual
+and is refused.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from models.errors import InvalidRequest
+from models.samplers import SAMPLERS, SCHEDULES
+
+HISTORY = 3
+X, M, Z = slice(0, HISTORY + 1), slice(HISTORY + 1, 2 * HISTORY + 2), 2 * HISTORY + 2  # columns of a coefficient row
+_PROBES = 64  # independent equations per step, for at most 9 unknowns
+_TOLERANCE = 2e-6  # some schedulers compute in float32
+_CACHED = 512
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A compiled sampler: one entry per evaluation of the network.
+
+    `timesteps` (n,) is what the network is told; it sees `input_scales` (n,) times the latents. `coefficients` (n, 9)
+    makes the next latents from x, m and z as in the module's formula. `draws` (n,) says where diffusers draws noise,
+    used or not, so that a seed means the same. `estimates` (n, 2) gives the clean latents expected now: p x + q m.
+    The first latents are `signal` times the clean input latents plus `noise` times unit noise.
+    """
+
+    timesteps: torch.Tensor
+    input_scales: torch.Tensor
+    coefficients: torch.Tensor
+    draws: tuple[bool, ...]
+    estimates: torch.Tensor
+    signal: float
+    noise: float
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+
+class Tapes:
+    """The tapes of one model, compiled when first asked for and kept. Safe to use from several threads."""
+
+    def __init__(self, scheduler_config: Mapping[str, Any]):
+        self._config = dict(scheduler_config)
+        self._tapes: OrderedDict[tuple[Any, ...], Tape] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, sampler: str, schedule: str, steps: int, denoise_strength: float | None = None) -> Tape:
+        """The tape for a sampler; `denoise_strength` None starts from noise, else late, from noised clean latents.
+
+        A strength too small for one step gives an empty tape. Raises InvalidRequest where diffusers has no such
+        combination.
+        """
+        key = (sampler, schedule, steps, denoise_strength)
+        with self._lock:
+            if key in self._tapes:
+                self._tapes.move_to_end(key)
+                return self._tapes[key]
+        tape = compile_tape(self.scheduler(sampler, schedule), steps, denoise_strength)
+        with self._lock:
+            self._tapes[key] = tape
+            while len(self._tapes) > _CACHED:
+                self._tapes.popitem(last=False)
+        return tape
+
+    def scheduler(self, sampler: str, schedule: str) -> Any:
+        """A fresh diffusers scheduler, made from the model's base configuration and nothing a request has touched."""
+        named = SAMPLERS[sampler]
+        options = {**self._config, **named.options, **SCHEDULES[schedule]}
+        return getattr(diffusers, named.scheduler).from_config(options)
+
+
+def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> Tape:
+    """Runs a fresh scheduler once on probes. Raises InvalidRequest where it refuses the steps or is not linear."""
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, AssertionError, IndexError, ZeroDivisionError) as refused:
+        raise InvalidRequest("steps", f"{type(scheduler).__name__} does not take {steps} steps: {refused}") from refused
+    skipped = 0
+    if denoise_strength is not None:
+        skipped = (steps - min(int(steps * denoise_strength), steps)) * scheduler.order
+    timesteps = scheduler.timesteps[skipped:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    if len(timesteps) == 0:
+        return _empty_tape()
+    signal, noise = 0.0, float(scheduler.init_noise_sigma)
+    if denoise_strength is not None:
+        signal, noise = _start(scheduler, timesteps[:1])
+    scales, coefficients, draws = _record(scheduler, timesteps)
+    return Tape(
+        timesteps=timesteps.to(torch.float32),
+        input_scales=torch.tensor(scales),
+        coefficients=torch.from_numpy(coefficients).float(),
+        draws=tuple(draws),
+        estimates=_estimates(scheduler, timesteps, scales),
+        signal=signal,
+        noise=noise,
+    )
+
+
+def _empty_tape() -> Tape:
+    none = torch.empty(0)
+    return Tape(none, none, torch.empty(0, Z + 1), (), torch.empty(0, 2), signal=1.0, noise=0.0)
+
+
+def _start(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
+    """How the scheduler mixes clean latents and unit noise where an input picture's tape begins."""
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    return float(scheduler.add_noise(one, zero, timestep)), float(scheduler.add_noise(zero, one, timestep))
+
+
+def _record(scheduler: Any, timesteps: torch.Tensor) -> tuple[list[float], np.ndarray, list[bool]]:
+    """Steps the scheduler through its timesteps; gives input scales, coefficient rows (n, 9) and noise draws."""
+    probe = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(1)
+    accepted = signature(scheduler.step).parameters
+    options: dict[str, Any] = {"return_dict": False}
+    options |= {"generator": noise} if "generator" in accepted else {}
+    options |= {"eta": 0.0} if "eta" in accepted else {}  # what diffusers' pipelines pass
+    xs = [torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64)]
+    ms: list[torch.Tensor] = []
+    scales, rows, draws = [], [], []
+    for t in timesteps:
+        scales.append(float(scheduler.scale_model_input(torch.ones_like(xs[0]), t).flatten()[0]))
+        ms.append(torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64))
+        before = noise.get_state()
+        after = scheduler.step(ms[-1], t, xs[-1], **options)[0].double()
+        z = _drawn(before, noise, after.shape)
+        rows.append(_fit(after, xs, ms, z, type(scheduler).__name__))
+        draws.append(z is not None)
+        xs.append(after)
+    return scales, np.stack(rows), draws
+
+
+def _drawn(before: torch.Tensor, generator: torch.Generator, shape: torch.Size) -> torch.Tensor | None:
+    """The noise that a step has drawn from the generator, or None."""
+    if torch.equal(before, generator.get_state()):
+        return None
+    for dtype in (torch.float64, torch.float32):
+        twin = torch.Generator()
+        twin.set_state(before)
+        z = torch.randn(shape, generator=twin, dtype=dtype)
+        if torch.equal(twin.get_state(), generator.get_state()):
+            return z.double()
+    raise InvalidRequest("sampler", "draws noise more than once in a step and cannot be compiled")
+
+
+def _fit(
+    target: torch.Tensor, xs: list[torch.Tensor], ms: list[torch.Tensor], z: torch.Tensor | None, name: str
+) -> np.ndarray:
+    """The coefficient row (9,) that makes `target`, from as little history as explains it."""
+    spans = [(1, m) for m in range(1, HISTORY + 2)] + [(h, h) for h in range(2, HISTORY + 2)]
+    scale = target.abs().max()
+    for x_span, m_span in spans:
+        terms = {X.start + j: x for j, x in enumerate(reversed(xs[-x_span:]))}
+        terms |= {M.start + j: m for j, m in enumerate(reversed(ms[-m_span:]))}
+        terms |= {} if z is None else {Z: z}
+        columns = torch.stack([term.flatten() for term in terms.values()], 1).numpy()
+        norms = np.linalg.norm(columns, axis=0)
+        solution = np.linalg.lstsq(columns / norms, target.flatten().numpy(), rcond=1e-6)[0] / norms
+        if np.abs(columns @ solution - target.flatten().numpy()).max() <= _TOLERANCE * float(scale):
+            row = np.zeros(Z + 1)
+            row[list(terms)] = solution
+            return row
+    raise InvalidRequest("sampler", f"{name} is not linear with this model's configuration and cannot be compiled")
+
+
+def _estimates(scheduler: Any, timesteps: torch.Tensor, scales: list[float]) -> torch.Tensor:
+    """(n, 2): the clean latents expected at each evaluation, as p x + q m.
+
+    Every scheduler hands the network latents of unit variance, sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv:2006.11239,
+    eq. 4; for v see arXiv:2202.00512, appendix D), so the timestep alone tells how to undo it.
+    """
+    known = scheduler.alphas_cumprod.double().numpy()
+    abar = np.interp(timesteps.double().numpy(), np.arange(len(known)), known).clip(min=1e-6)
+    clean, dirty, scale = np.sqrt(abar), np.sqrt(1 - abar), np.array(scales)
+    prediction = scheduler.config.prediction_type
+    if prediction == "epsilon":
+        p, q = scale / clean, -dirty / clean
+    elif prediction == "v_prediction":
+        p, q = scale * clean, -dirty
+    else:
+        p, q = np.zeros_like(scale), np.ones_like(scale)
+    return torch.from_numpy(np.stack([p, q], 1)).float()
