@@ -5,6 +5,7 @@ environment at import.
 """
 
 import contextlib
+import io
 import logging
 import signal
 import socket
@@ -47,28 +48,37 @@ def running(deployment: Deployment, raw: dict[str, Any], report: Callable[[str],
     import ray
     from ray import serve
 
-    with _terminable():
-        try:
-            context = ray.init(
-                address="local",
-                num_cpus=max(2, cores()),
-                namespace="serve",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            address = f"http://{_reachable(options.host)}:{options.port}"
-            report("deploying the applications")
-            _deploy(deployment, raw)
-            _wait_until_ready(address, report)
-            yield Running(address=address, dashboard=f"http://{context.dashboard_url}")
-        finally:
-            _ignore_signals()
-            report("stopping")
-            if ray.is_initialized():
-                serve.shutdown()
-                ray.shutdown()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=max(2, cores()),
+            namespace="serve",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which takes SIGTERM for itself
+        address = f"http://{_reachable(options.host)}:{options.port}"
+        report("deploying the applications")
+        _deploy(deployment, raw)
+        _wait_until_ready(address, report)
+        yield Running(address=address, dashboard=f"http://{context.dashboard_url}")
+    finally:
+        # A second Ctrl-C must not leave half of Ray's processes behind.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        report("stopping")
+        # Serve kills its controller while that says goodbye, and Ray prints it as a failure.
+        with contextlib.redirect_stderr(io.StringIO()):
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM ends what Ctrl-C ends."""
+    raise KeyboardInterrupt
 
 
 def _check_port_is_free(host: str, port: int) -> None:
@@ -160,24 +170,3 @@ def _reason(answer: httpx2.Response) -> str:
         return str(answer.json().get("reason", ""))
     except ValueError:  # Serve's own answer while there is no gateway is plain text
         return ""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does. Set again while it runs because ray.init installs a handler of its own."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _ignore_signals() -> None:
-    """A second Ctrl-C must not leave half of Ray's processes behind."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

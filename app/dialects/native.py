@@ -192,8 +192,9 @@ async def _events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]) -
 
 def _media_type(accept: str, body: GenerateBody) -> str:
     """What the answer will be, by Accept and `stream`. Raises NotAcceptable or InvalidRequest where they contradict."""
-    if body.stream:
-        return wire.choose_media_type(accept, (EVENTS,)) if EVENTS in accept else wire.choose_media_type("", (EVENTS,))
+    if body.stream:  # clients that expect JSON in the events ask for JSON
+        wire.choose_media_type(accept, (EVENTS, JSON))
+        return EVENTS
     wanted = _canonical(body.output_format)
     images = (MEDIA_TYPES[wanted], *(kind for kind in MEDIA_TYPES.values() if kind != MEDIA_TYPES[wanted]))
     chosen = wire.choose_media_type(accept, (JSON, *images))

@@ -1,0 +1,95 @@
+"""A small service in memory: a router that draws flat pictures, so that the whole gateway runs without Ray or torch."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import httpx2
+import numpy as np
+import pytest
+
+from app import ingress
+from app.events import Admitted, ModelState, ReplicaEvent
+from app.service import Service
+from app.settings import GatewaySettings
+from models.card import ModelCard
+from models.errors import HeliographError
+from models.events import Failed, Finished, Progress, Timings
+from models.images import encode
+from models.request import EffectiveRequest
+
+CARDS = {
+    name: ModelCard(name=name, family="sd", width=128, height=128, max_pixels=1024 * 1024) for name in ("sd15", "sdxl")
+}
+TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
+
+
+class MemoryRouter:
+    """Draws the seed as a colour. `refusal` comes first, `failure` after a step; `gate` holds the pictures back."""
+
+    def __init__(self):
+        self.requests: list[EffectiveRequest] = []
+        self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
+        self.refusal: HeliographError | None = None
+        self.failure: HeliographError | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.left = 0
+
+    async def state(self, model: str) -> ModelState:
+        return self.states[model]
+
+    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
+        self.requests.append(request)
+        try:
+            if self.refusal:
+                yield Failed(error=self.refusal)
+                return
+            yield Admitted(waiting=2, revision="abc")
+            yield Progress(index=0, step=1, steps=request.steps, forward=1, rows=2, preview=b"jpeg")
+            if self.failure:
+                yield Failed(error=self.failure)
+                return
+            await self.gate.wait()
+            for index in range(request.samples):
+                yield self._picture(request, index)
+        finally:
+            self.left += 1
+
+    def _picture(self, request: EffectiveRequest, index: int) -> Finished:
+        seed = request.seed + index
+        array = np.full((request.height, request.width, 3), seed % 256, np.uint8)
+        return Finished(
+            index=index,
+            seed=seed,
+            data=encode(array, request.output_format),
+            format=request.output_format,
+            width=request.width,
+            height=request.height,
+            revision="abc",
+            timings=TIMINGS,
+            warnings=("prompt truncated",) if "truncate" in request.prompt else (),
+        )
+
+
+@pytest.fixture
+def router() -> MemoryRouter:
+    return MemoryRouter()
+
+
+@pytest.fixture
+def service(router: MemoryRouter) -> Service:
+    service = Service(router)
+    service.offer(CARDS, "sd15")
+    return service
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[httpx2.AsyncClient]:
+    readiness = ingress.Readiness(service)
+    readiness.warm_up()
+    await asyncio.sleep(0)
+    app = ingress.build(service, GatewaySettings(max_body_bytes=100_000), readiness.reason)
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        await asyncio.sleep(0.05)  # the warm-up picture
+        yield client
