@@ -11,17 +11,28 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders import single_file_utils
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from models.errors import InvalidRequest
+from models.offload import offload
+
+Tensors = dict[str, torch.Tensor]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
+
+# Where a single file keeps each text encoder: SD 1.5 and 2.1 have one, XL numbers two.
+TEXT_ENCODERS = {
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,6 +41,7 @@ class Source:
     """Where a model comes from: a diffusers folder, one `.safetensors` file, or a hub id with a pinned commit.
 
     `config` goes with a single file, which has neither tokenizer nor scheduler: a folder or hub id that has them.
+    Without it diffusers names the original's repository by the file's layout; a fine-tune that predicts v needs it.
     """
 
     location: str
@@ -93,26 +105,36 @@ def load(source: Source, names: Mapping[str, type], placement: Placement) -> Com
     memory (accelerate's meta device) and each tensor goes from the mapped file to its place.
     """
     files = locate(source, names)
-    index = read_json(files.folder / "model_index.json")
-    scheduler_config = read_json(files.folder / "scheduler" / "scheduler_config.json")
-    revision = files.commit or fingerprint(files, names)
-    with torch.no_grad():
-        modules = {name: load_component(files, name, kind, placement) for name, kind in names.items()}
-    return Components(modules=modules, scheduler_config=scheduler_config, index=index, revision=revision)
+    checkpoint = load_file(files.checkpoint) if files.checkpoint else None  # mapped: nothing is read yet
+    return Components(
+        modules={name: load_component(files, checkpoint, name, kind, placement) for name, kind in names.items()},
+        scheduler_config=read_json(files.folder / "scheduler" / "scheduler_config.json"),
+        index=read_json(files.folder / "model_index.json"),
+        revision=files.commit or fingerprint(files, names),
+    )
 
 
 def locate(source: Source, names: Mapping[str, type]) -> Files:
     """The files of `source`, downloaded if need be, with everything refused that is not safetensors."""
     path = Path(source.location).expanduser()
-    if path.is_dir():
-        files = Files(folder=path)
-    elif path.is_file():
-        files = Files(folder=Path(), checkpoint=path)
-    else:
-        files = Files(folder=download(source, names), commit=source.revision)
+    if path.is_file():
+        check_safetensors(path)
+        return Files(folder=configuration(source.config, path), checkpoint=path)
+    files = Files(folder=path) if path.is_dir() else Files(folder=download(source, names), commit=source.revision)
     for file in weight_files(files, names):
         check_safetensors(file)
     return files
+
+
+def configuration(config: str | None, checkpoint: Path) -> Path:
+    """The folder with the configurations and tokenizers that a single file goes with."""
+    if config is None:
+        config = str(single_file_utils.fetch_diffusers_config(load_file(checkpoint))["pretrained_model_name_or_path"])
+    if (folder := Path(config).expanduser()).is_dir():
+        return folder
+    if not HUB_ID.fullmatch(config):
+        raise InvalidRequest("config", f"`{config}` is neither a diffusers folder here nor a hub id (org/name)")
+    return snapshot("config", config, None, ["model_index.json", "*/*.json", "*/*.txt"])
 
 
 def download(source: Source, names: Mapping[str, type]) -> Path:
@@ -122,10 +144,10 @@ def download(source: Source, names: Mapping[str, type]) -> Path:
         raise InvalidRequest("location", f"{here}, and no hub id (org/name) either")
     if source.revision is None or not COMMIT.fullmatch(source.revision):
         raise InvalidRequest("revision", f"{here}; as a hub id it needs a pinned commit of 40 hexadecimal digits")
-    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
-    weights += ("model.safetensors", "model-*-of-*.safetensors")
-    patterns = ["model_index.json", "scheduler/*.json"]
-    patterns += [f"{name}/{pattern}" for name in names for pattern in ("*.json", "*.txt", *weights)]
+    # Not *.safetensors: repositories hold the same weights in several precisions, and as single files besides.
+    stems = ("model", "model-*-of-*", "diffusion_pytorch_model", "diffusion_pytorch_model-*-of-*")
+    kinds = ("*.json", "*.txt", *(f"{stem}.safetensors" for stem in stems))
+    patterns = ["model_index.json", "scheduler/*.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
     return snapshot("location", source.location, source.revision, patterns)
 
 
@@ -151,10 +173,13 @@ def component_files(folder: Path, kind: type) -> list[Path]:
     """The weights of one component folder: one file, or the shards that its index lists."""
     if not folder.is_dir():
         raise InvalidRequest("location", f"{folder} is missing; a diffusers folder has one folder per component")
+    # transformers would follow either of these to weights of another name, pickled ones too.
+    if (folder / "adapter_config.json").exists() or "transformers_weights" in read_json(folder / "config.json"):
+        raise InvalidRequest("location", f"{folder} sends the loader to other files; give a folder with plain weights")
     name = SAFETENSORS_WEIGHTS_NAME if issubclass(kind, ModelMixin) else SAFE_WEIGHTS_NAME
     shards = folder / f"{name}.index.json"
     if shards.is_file():
-        return [folder / shard for shard in sorted(set(read_json(shards)["weight_map"].values()))]
+        return [folder / shard for shard in sorted(set(read_json(shards).get("weight_map", {}).values()))]
     if not (folder / name).is_file():
         found = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED | {".safetensors"})
         advice = "Convert pickled weights: load them with diffusers where you trust them, then save_pretrained"
@@ -187,35 +212,55 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_component(files: Files, name: str, kind: Any, placement: Placement) -> Any:
+def load_component(files: Files, checkpoint: Tensors | None, name: str, kind: Any, placement: Placement) -> Any:
     """One network or tokenizer, as a model server needs it: in eval mode, frozen, where it belongs."""
+    folder = files.folder / name
     if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(files.folder / name, local_files_only=True)
+        with refusing(folder):
+            return kind.from_pretrained(folder, local_files_only=True)
     stays = name == "unet" or not placement.offload
     device = placement.device if stays else torch.device("cpu")
     dtype = placement.vae_dtype if name == "vae" else placement.dtype
-    module = from_folder(files.folder / name, kind, device, dtype)
+    if checkpoint is None:
+        module = from_folder(folder, kind, device, dtype)
+    else:
+        module = from_checkpoint(checkpoint, folder, kind, device, dtype)
     module.eval().requires_grad_(False)
-    if device.type == "cuda" and name in ("unet", "vae"):
+    if placement.device.type == "cuda" and name in ("unet", "vae"):
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    if not stays:
+        offload(module, placement.device)
     return module
 
 
 def from_folder(folder: Path, kind: Any, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A network from its component folder; every weight has to be there, none is made up."""
+    safely: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     with refusing(folder):
         module, report = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            low_cpu_mem_usage=True,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+            folder, dtype=dtype, device_map={"": device}, low_cpu_mem_usage=True, **safely
         )
     if report["missing_keys"]:
         raise InvalidRequest("location", f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}")
     return module
+
+
+def from_checkpoint(
+    checkpoint: Tensors, folder: Path, kind: Any, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network from the layout that Stable Diffusion was first published in, by diffusers' own conversion."""
+    where: dict[str, Any] = {"config": str(folder), "torch_dtype": dtype, "local_files_only": True}
+    with refusing(folder):
+        if folder.name in TEXT_ENCODERS:
+            # Each encoder sees its own tensors alone: diffusers tells the two of XL apart by their width only.
+            own = {key: value for key, value in checkpoint.items() if key.startswith(TEXT_ENCODERS[folder.name])}
+            module = single_file_utils.create_diffusers_clip_model_from_ldm(kind, own, **where)
+        else:
+            module = kind.from_single_file(checkpoint, device=device, low_cpu_mem_usage=True, **where)
+    lacking = sorted(name for name, parameter in module.named_parameters() if parameter.is_meta)
+    if lacking:
+        raise InvalidRequest("location", f"the file lacks weights of {folder.name}: {', '.join(lacking[:5])}")
+    return module.to(device)
 
 
 @contextmanager
@@ -223,24 +268,25 @@ def refusing(what: Path) -> Iterator[None]:
     """Turns what the libraries say of unusable files into the caller's mistake; running out of memory stays itself."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InvalidRequest("location", f"{what} cannot be loaded: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, single_file_utils.SingleFileComponentError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = "the file lacks some of its weights" if isinstance(error, NotImplementedError) else error  # on meta
+        raise InvalidRequest("location", f"{what} cannot be loaded: {reason}") from error
 
 
 def fingerprint(files: Files, names: Mapping[str, type]) -> str:
     """A name for these weights: cheap for gigabytes, the same wherever they lie, another when they change.
 
-    It is the SHA-256 of the configurations, and of each weight file its size, its header and the first and last
+    It is the SHA-256 of the configurations, and of each weight file its header and the first and last
     2 KiB of every tensor in it; so only a change in the middle of large tensors alone would go unseen.
     """
     digest = hashlib.sha256()
-    folders = [files.folder / name for name in ("scheduler", *sorted(names))]
-    texts = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
+    texts = [file for name in ("scheduler", *sorted(names)) for file in sorted((files.folder / name).glob("*"))]
     for file in [files.folder / "model_index.json", *texts]:
-        digest.update(f"{file.parent.name if file in texts else ''}/{file.name}\0".encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        if file.suffix in (".json", ".txt"):
+            digest.update(f"{file.relative_to(files.folder).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     for file in weight_files(files, names):
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
