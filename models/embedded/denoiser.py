@@ -20,8 +20,6 @@ EMPTY_SHARE = 0.1  # of the captions, for classifier-free guidance
 ODD_SIZE_SHARE = 0.2  # of SDXL's rows, told of some other original size
 LARGEST_WEIGHT = 20.0
 SMALL_SHARE = 0.35  # of the steps, on latents of half the size: colours and layout at a quarter of the cost
-    0.35  # of the steps, on latents of half the size: colours and layout are learned there at a quarter of the cost
-)
 
 
 @dataclass(frozen=True, kw_only=True)
