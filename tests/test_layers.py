@@ -16,7 +16,7 @@ import pytest
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "app", "cluster", "bench")
 
-ENGINE = ("request", "tapes", "conditioning", "sequence", "batcher", "denoiser", "engine")
+ENGINE = ("request", "tapes", "conditioning", "sequence", "preparation", "batcher", "denoiser", "delivery", "engine")
 ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
 RAY_FILES = tuple(
     f"app.{name}"
@@ -33,6 +33,7 @@ MODELS_ORDER = (
     ("models.request", "models.errors", "models.card", "models.events", "models.samplers", "models.images"),
     ("models.tapes", "models.conditioning"),
     ("models.batcher", "models.denoiser", "models.sequence"),
+    ("models.preparation", "models.delivery"),
     ("models.engine",),
 )
 APP_ORDER = (
@@ -143,7 +144,7 @@ def _order(sources: Sources, order: tuple[tuple[str, ...], ...]) -> Iterator[str
 
 
 def the_engine_stands_on_tapes_and_conditioning(sources: Sources) -> Iterator[str]:
-    """engine -> {batcher, denoiser, sequence} -> {tapes, conditioning} -> contracts."""
+    """engine -> {preparation, delivery} -> {batcher, denoiser, sequence} -> {tapes, conditioning} -> contracts."""
     yield from _order(sources, MODELS_ORDER)
 
 
@@ -155,7 +156,9 @@ def the_ingress_stands_on_the_service(sources: Sources) -> Iterator[str]:
 def families_and_adapters_are_leaves(sources: Sources) -> Iterator[str]:
     packages = ("models.families", "models.adapters")
     leaves = tuple(m for m in sources if inside(m, packages) and m not in packages)
-    engine = tuple(f"models.{name}" for name in ("sequence", "batcher", "denoiser", "engine"))
+    engine = tuple(
+        f"models.{name}" for name in ("sequence", "preparation", "batcher", "denoiser", "delivery", "engine")
+    )
     for leaf in leaves:
         others = tuple(other for other in leaves if other != leaf and not leaf.startswith(f"{other}."))
         for where, module in imports_of(sources, (leaf,), (*engine, *others)):

@@ -18,7 +18,6 @@ README = (HOUSE / "README.md").read_text()
 PAGES = sorted([*HOUSE.glob("*.md"), *HOUSE.glob("docs/*.md")])
 EXAMPLES = sorted(path for path in (HOUSE / "examples").iterdir() if path.is_file())
 IMPORT_NAMES = {"pil": "pillow", "yaml": "pyyaml"}
-NEEDED_BY_OTHERS = {"scipy"}  # diffusers asks for it when a scheduler needs it
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_every_dependency_is_imported_and_every_import_a_dependency(project: dic
             elif isinstance(node, ast.ImportFrom) and node.module:
                 roots.add(node.module.split(".")[0])
     imported = {IMPORT_NAMES.get(root.lower(), root.lower()) for root in roots - own - sys.stdlib_module_names}
-    assert imported == {_name(r) for r in project["project"]["dependencies"]} - NEEDED_BY_OTHERS
+    assert imported == {_name(r) for r in project["project"]["dependencies"]}
 
 
 def test_every_dependency_is_pinned(project: dict[str, Any]) -> None:

@@ -112,6 +112,20 @@ def test_the_page_is_true(block: Block, folder: Path, server_url: str) -> None:
     run(command(block.language, file), folder, server_url)
 
 
+def test_the_readmes_curl_draws_what_it_says(folder: Path, server_url: str) -> None:
+    [block] = [block for block in blocks() if block.text.startswith("curl") and "-o out.png" in block.text]
+    assert "a red circle on a blue background" in block.text
+    (folder / "block.sh").write_text(block.text.replace(ADDRESS, server_url))
+    run(command("bash", folder / "block.sh"), folder, server_url)
+    pixels = np.asarray(Image.open(folder / "out.png")).astype(int)
+    height, width = pixels.shape[:2]
+    middle = pixels[3 * height // 8 : 5 * height // 8, 3 * width // 8 : 5 * width // 8].mean((0, 1))
+    corners = np.concatenate([pixels[:8, :8], pixels[:8, -8:], pixels[-8:, :8], pixels[-8:, -8:]]).mean((0, 1))
+    red, blue = np.array([215, 35, 35]), np.array([40, 75, 215])  # what the embedded models' world means by them
+    assert np.abs(middle - red).max() < 70, f"the middle is {middle}, not red"
+    assert np.abs(corners - blue).max() < 70, f"the corners are {corners}, not blue"
+
+
 def check_configuration(path: Path) -> None:
     from app.deployment import read
 
