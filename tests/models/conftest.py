@@ -35,8 +35,7 @@ def pipeline(name: str) -> diffusers.DiffusionPipeline:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads():
-    torch.set_num_threads(2)
+def _quiet():
     diffusers.utils.logging.set_verbosity_error()
 
 

@@ -1,0 +1,65 @@
+"""From finished latents to encoded pictures: decoded a few at a time between steps, packed in threads of their own."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from models.autoencoder import Autoencoder
+from models.errors import GenerationFailed
+from models.images import encode
+from models.sequence import Sequence
+
+_PICTURES = 4  # of the native size, decoded between two steps at most
+
+OnPacked = Callable[[Sequence, bytes | GenerationFailed], None]
+
+
+class Delivery:
+    """The queue behind the last step. `on_packed` hears, from the packing threads, what became of each sequence."""
+
+    def __init__(self, autoencoder: Autoencoder, native_pixels: int, on_packed: OnPacked):
+        self.queue: list[Sequence] = []
+        self._autoencoder = autoencoder
+        self._pixels = _PICTURES * native_pixels
+        self._on_packed = on_packed
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
+
+    def take(self) -> list[Sequence]:
+        """The next few to decode together: one shape, and no more than would hold up the steps."""
+        if not self.queue:
+            return []
+        first = self.queue[0]
+        room = max(1, self._pixels // (first.request.width * first.request.height))
+        taken = [sequence for sequence in self.queue if sequence.shape == first.shape][:room]
+        self.queue = [sequence for sequence in self.queue if sequence not in taken]
+        return taken
+
+    def decode(self, sequences: list[Sequence]) -> None:
+        """Decodes sequences of one shape and hands them to the packing threads."""
+        pictures = self._autoencoder.decode(torch.stack([sequence.latents for sequence in sequences]))
+        for sequence, picture in zip(sequences, pictures, strict=True):
+            self._threads.submit(self._pack, sequence, picture)
+
+    def close(self) -> None:
+        """Waits for the pictures that are being packed."""
+        self._threads.shutdown()
+
+    def _pack(self, sequence: Sequence, picture: torch.Tensor) -> None:
+        try:
+            self._on_packed(sequence, _encoded(sequence, picture))
+        except GenerationFailed as failed:
+            self._on_packed(sequence, failed)
+        except Exception as fault:
+            self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
+
+
+def _encoded(sequence: Sequence, picture: torch.Tensor) -> bytes:
+    """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
+    if not torch.isfinite(picture).all():
+        raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
+    if picture.min() == picture.max():
+        raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
+    array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    return encode(array, sequence.request.output_format)

@@ -1,0 +1,135 @@
+"""Acceptance 2: for every sampler, model and task the engine draws what diffusers' own pipeline draws."""
+
+import io
+from dataclasses import dataclass
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.images import Picture
+from models.request import GenerationRequest
+from models.samplers import SAMPLERS, SCHEDULES
+from tests.models.conftest import new_engine, pipeline
+
+MODELS = ("sd15", "sd21", "sdxl")
+STEPS = 6
+
+
+def sketch() -> Picture:
+    """A smooth coloured picture to start from."""
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Picture.from_array(coarse).resized(128, 128)
+
+
+def drawn(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+@dataclass
+class Case:
+    request: GenerationRequest
+    picture: np.ndarray | None = None
+
+
+def cases(model: str) -> list[Case]:
+    """Every sampler, from noise and from a picture; guidance, prompts and seeds all different."""
+    made = []
+    for number, sampler in enumerate(SAMPLERS):
+        for image in (None, sketch()):
+            request = GenerationRequest(
+                model=model,
+                prompt=f"a red circle on a blue background, {sampler}",
+                negative_prompt="" if number % 2 else "a ring",
+                sampler=sampler,
+                schedule="default",
+                steps=STEPS,
+                seed=number,
+                guidance_scale=1.0 if sampler == "lcm" else 4.0 + number / 4,
+                guidance_rescale=0.5 if sampler == "ddpm" and image is None else 0.0,
+                clip_skip=1 if sampler == "euler" else 0,
+                image=image,
+                denoise_strength=None if image is None else 0.7,
+            )
+            made.append(Case(request))
+    return made
+
+
+def by_diffusers(request: GenerationRequest) -> np.ndarray:
+    pipe = pipeline(request.model)
+    options = {"negative_prompt": request.negative_prompt or None, "clip_skip": request.clip_skip or None}
+    if request.image is None:
+        options |= {"height": 128, "width": 128, "guidance_rescale": request.guidance_rescale}
+    else:
+        xl = request.model == "sdxl"
+        kind = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
+        pipe = kind(**pipe.components, **({} if xl else {"requires_safety_checker": False}))
+        pipe.set_progress_bar_config(disable=True)
+        options |= {"image": Image.fromarray(request.image.array()), "strength": request.denoise_strength}
+    named = SAMPLERS[request.sampler]
+    base = dict(pipeline(request.model).scheduler.config) | dict(named.options) | dict(SCHEDULES[request.schedule])
+    pipe.scheduler = getattr(diffusers, named.scheduler).from_config(base)
+    images = pipe(
+        request.prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        **options,
+    ).images
+    return np.asarray(images[0]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, dict[tuple[str, str], Case]]:
+    """All cases of each model, drawn together in one mixed batch."""
+    made = {}
+    for model in MODELS:
+        model_cases = cases(model)
+        results = new_engine(model).generate([case.request for case in model_cases])
+        for case, result in zip(model_cases, results, strict=True):
+            case.picture = drawn(result[0].data)
+        made[model] = {(c.request.sampler, "img2img" if c.request.image else "txt2img"): c for c in model_cases}
+    return made
+
+
+@pytest.mark.parametrize("task", ["txt2img", "img2img"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_sampler_draws_what_diffusers_draws(pictures, model, sampler, task):
+    case = pictures[model][sampler, task]
+    difference = np.abs(case.picture - by_diffusers(case.request)).max()
+    assert difference <= 1, f"{difference}/255 away from diffusers"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"), [(s, n) for s, named in SAMPLERS.items() for n in named.schedules if n == "karras"]
+)
+def test_karras_schedules_draw_what_diffusers_draws(sampler, schedule):
+    request = GenerationRequest(
+        model="sd15", prompt="a green star", sampler=sampler, schedule=schedule, steps=4, seed=3, guidance_scale=5.0
+    )
+    [[finished]] = new_engine("sd15").generate([request])
+    assert np.abs(drawn(finished.data) - by_diffusers(request)).max() <= 1
+
+
+def test_denoise_strength_zero_gives_the_picture_back_through_the_autoencoder():
+    request = GenerationRequest(model="sd15", prompt="anything", image=sketch(), denoise_strength=0.0, seed=1)
+    [[finished]] = new_engine("sd15").generate([request])
+    vae = pipeline("sd15").vae
+    pixels = torch.from_numpy(sketch().array()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
+        back = (vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    assert np.abs(drawn(finished.data) - (back * 255).round()).max() <= 1
+
+
+def test_samples_are_the_pictures_of_the_following_seeds():
+    engine = new_engine("sd15")
+    ask = {"model": "sd15", "prompt": "a blue square", "sampler": "euler_a", "steps": 4}
+    [three] = engine.generate([GenerationRequest(**ask, seed=7, samples=3)])
+    singles = [engine.generate([GenerationRequest(**ask, seed=seed)])[0][0] for seed in (7, 8, 9)]
+    assert [finished.seed for finished in three] == [7, 8, 9]
+    for together, alone in zip(three, singles, strict=True):
+        assert np.abs(drawn(together.data) - drawn(alone.data)).max() <= 1
