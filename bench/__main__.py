@@ -1,0 +1,77 @@
+"""`python -m bench`: the benchmark's command line."""
+
+import asyncio
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.plan import Plan
+
+
+class Contenders(StrEnum):
+    """Who can be measured besides B0, which everything is measured against."""
+
+    GROUPED = "B1"
+    ENGINE = "E"
+    SERVER = "H"
+
+
+class Names(StrEnum):
+    """The workloads."""
+
+    EQUAL = "equal"
+    STEPS = "steps"
+    SIZES = "sizes"
+
+
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smoke run of a few minutes; its figures mean little.")
+    ] = False,
+    only: Annotated[
+        list[Contenders] | None, typer.Option(help="Measure only this one besides B0; may be repeated.")
+    ] = None,
+    workload: Annotated[list[Names] | None, typer.Option(help="Only this workload; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the requests, their order and their arrivals.")] = 1,
+    threads: Annotated[int, typer.Option(help="torch threads, for everyone alike.")] = os.cpu_count() or 1,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("out/bench"),
+    publish: Annotated[bool, typer.Option("--publish", help="Also put the tables into bench/README.md.")] = False,
+) -> None:
+    """Measure Heliograph against what a user would pick instead: diffusers alone (B0) and under @serve.batch (B1).
+
+    E is the engine in this process, H the whole application through HTTP. Everything runs here, one after another, on
+    the embedded sd15 in float32; bench/README.md says how and why.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of optional packages whenever it is imported
+    from bench import report  # imported here because torch takes seconds and --help needs none
+    from bench.experiment import Experiment
+
+    plan = Plan.make(
+        quick=quick, contenders=list(only or Contenders), workloads=list(workload or []), seed=seed, threads=threads
+    )
+    console = Console()
+    columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn twice a second: the bar must not take time from what it reports on.
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("")
+
+        def say(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        command = " ".join(["python -m bench", *sys.argv[1:]])
+        experiment = Experiment(plan, command, say)
+        results = asyncio.run(experiment.run())
+    report.show(results, console)
+    report.write(results, out)
+    if publish:
+        report.publish(results)
+
+
+if __name__ == "__main__":
+    typer.run(main)

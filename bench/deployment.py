@@ -1,0 +1,42 @@
+"""The Ray Serve deployment that B1 measures, as somebody who knows Serve would write it.
+
+The pipeline runs in a thread, so that requests are taken in meanwhile; the network may use as many threads as the
+others get (Ray gives a replica one); waiting requests are not bounded; @serve.batch is tuned before it is measured.
+"""
+
+import asyncio
+
+from ray import serve
+
+from bench.contender import Work
+from bench.pipeline import Pipeline, groups_of
+from bench.replay import Batching
+from models.request import GenerationRequest
+
+
+@serve.deployment(max_ongoing_requests=10_000)
+class GroupedPipeline:
+    """Takes requests one by one and draws them in batches, each group of equal parameters by one call."""
+
+    def __init__(self, threads: int):
+        self._pipeline = Pipeline(threads)
+
+    async def tune(self, batching: Batching) -> None:
+        self.draw_batch.set_max_batch_size(batching.max_size)
+        self.draw_batch.set_batch_wait_timeout_s(batching.wait_s)
+
+    async def work(self) -> Work:
+        return self._pipeline.work
+
+    async def generate(self, request: GenerationRequest) -> bytes:
+        return await self.draw_batch(request)
+
+    @serve.batch(max_batch_size=1)
+    async def draw_batch(self, requests: list[GenerationRequest]) -> list[bytes]:
+        """The batch answers when all of it is done: that is how @serve.batch works."""
+        pictures: list[bytes] = [b""] * len(requests)
+        for group in groups_of(requests):
+            drawn = await asyncio.to_thread(self._pipeline.draw, [requests[i] for i in group])
+            for i, picture in zip(group, drawn, strict=True):
+                pictures[i] = picture
+        return pictures

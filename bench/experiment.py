@@ -1,0 +1,180 @@
+"""The experiment: which contender is measured under which load, in which order."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from bench.arrivals import at_rate, poisson
+from bench.capacity import search
+from bench.contender import Contender
+from bench.grouped import Grouped
+from bench.inprocess import InProcess
+from bench.load import Load, Run, drive
+from bench.machine import Machine
+from bench.plan import Plan
+from bench.replay import FIFO, BatchCosts, Trace, best_for_capacity, best_for_saturation
+from bench.results import Capacity, Measured, OpenLoop, Results, Saturated, WorkloadResults, ratio
+from bench.serial import Serial
+from bench.server import Server
+from bench.workloads import RequestClass, Workload, class_of, request_of, requests_of
+from models.request import GenerationRequest
+
+PATIENCE = 3.0  # a request is in time within so many times its isolated latency
+COMMON_SHARE = 0.7  # of B0's saturated throughput: the rate at which every contender's latencies are compared
+CAPACITY_GUESS = 0.7  # of a contender's own saturated throughput: where the search for its capacity begins
+CHALLENGERS: dict[str, Callable[[int], Contender]] = {"B1": Grouped, "E": InProcess, "H": Server}
+SEARCHED = ("B1", "E")  # capacity costs many trials; H is compared with E at saturation and at the common rate
+Say = Callable[[str, int, int], None]
+
+
+class Experiment:
+    """One run. `say` is told (what, done, of how many) whenever that changes."""
+
+    def __init__(self, plan: Plan, command: str, say: Say):
+        self._plan = plan
+        self._say = say
+        self.results = Results(machine=Machine.here(plan.threads), command=command, seed=plan.seed)
+        self._isolated_s: dict[RequestClass, float] = {}
+        self._costs: BatchCosts | None = None
+        self._pictures: dict[str, dict[int, bytes]] = {}  # B0's, by workload and seed
+
+    async def run(self) -> Results:
+        started = time.monotonic()
+        async with Serial(self._plan.threads) as serial:
+            await self._calibrate(serial)
+            first = await self._measure_all(serial)
+            for name in self._plan.contenders:
+                if name in CHALLENGERS:
+                    self._say(f"{name}: starting", 0, 1)
+                    async with CHALLENGERS[name](self._plan.threads) as challenger:
+                        await self._measure_all(challenger)
+            self.results.drift = ratio(await self._again(serial), first)
+        self.results.minutes = round((time.monotonic() - started) / 60, 1)
+        return self.results
+
+    async def _calibrate(self, serial: Serial) -> None:
+        """B0's isolated latencies, from which everyone's deadlines follow, and the batch times that tune B1."""
+        kinds = sorted({kind for workload in self._plan.workloads for kind in workload.classes})
+        for i, kind in enumerate(kinds):
+            self._say("B0: requests alone", i, len(kinds))
+            await serial.isolated_s(kind, 1)  # the first of a shape is slow
+            self._isolated_s[kind] = await serial.isolated_s(kind, self._plan.repeats)
+        if "B1" in self._plan.contenders:
+            self._say("B1: batch times for its tuning", 0, 1)
+            self._costs = await serial.batch_costs(sorted({kind.side for kind in kinds}), self._plan.group_sizes)
+        for workload in self._plan.workloads:
+            isolated = {str(kind): self._isolated_s[kind] for kind in workload.classes}
+            self.results.workloads.append(
+                WorkloadResults(name=workload.name, title=workload.title, isolated_s=isolated)
+            )
+
+    async def _measure_all(self, contender: Contender) -> float | None:
+        """Measures under every workload. Returns the throughput under the first."""
+        for workload, results in zip(self._plan.workloads, self.results.workloads, strict=True):
+            measured = Measured(contender=contender.name, title=contender.title)
+            results.measured.append(measured)
+            await self._warm_up(contender, workload)
+            measured.saturated = await self._saturate(contender, workload)
+            measured.capacity = await self._capacity(contender, workload, measured.saturated.pictures_per_s)
+            common = COMMON_SHARE * (results.throughput("B0") or 0.0)
+            run = await self._open_loop(contender, workload, common, "common rate", give_up=False)
+            measured.common = _open_loop(common, run)
+        return self.results.workloads[0].throughput(contender.name)
+
+    async def _warm_up(self, contender: Contender, workload: Workload) -> None:
+        """Two requests of every class, so that every shape and group has run; not measured."""
+        requests = [request_of(kind, seed) for kind in workload.classes for seed in (1, 2)]
+        await self._drive(contender, Load.saturating(requests), f"{workload.title}: warm-up")
+
+    async def _saturate(self, contender: Contender, workload: Workload) -> Saturated:
+        requests = requests_of(workload, self._plan.saturating, self._plan.seed)
+        if isinstance(contender, Grouped):
+            trace = self._trace(requests)
+            await contender.tune(best_for_saturation(trace, self._batch_s)[1])
+        run = await self._drive(contender, Load.saturating(requests), f"{workload.title}: saturated")
+        pictures = {o.request.seed: o.picture for o in run.outcomes if o.request.seed is not None}
+        reference = self._pictures.setdefault(workload.name, pictures)  # B0 comes first
+        return Saturated(
+            pictures_per_s=run.pictures_per_s,
+            rows_per_forward=run.rows_per_forward,
+            difference=max(difference(pictures[seed], reference[seed]) for seed in pictures),
+        )
+
+    async def _capacity(self, contender: Contender, workload: Workload, throughput: float) -> Capacity | None:
+        trace = self._trace(requests_of(workload, self._plan.open_loop, self._plan.seed + 1))
+        if isinstance(contender, Serial):
+            rate = trace.capacity(FIFO, self._alone_s, 2 * throughput)
+            return Capacity(rate=rate, trials=(), note="computed from the times of requests alone")
+        if contender.name not in SEARCHED:
+            return None
+        guess, note = CAPACITY_GUESS * throughput, ""
+        if isinstance(contender, Grouped):
+            guess, batching = best_for_capacity(trace, self._batch_s, 2 * throughput)
+            await contender.tune(batching)
+            note = str(batching)
+        trials: list[OpenLoop] = []
+
+        async def passes(rate: float) -> bool:
+            run = await self._open_loop(contender, workload, rate, f"capacity, {rate:.2f} a second", give_up=True)
+            trials.append(_open_loop(rate, run))
+            return run.passed
+
+        rate = await search(passes, guess, self._plan.refinements)
+        return Capacity(rate=rate, trials=tuple(trials), note=note)
+
+    async def _open_loop(self, contender: Contender, workload: Workload, rate: float, what: str, give_up: bool) -> Run:
+        trace = self._trace(requests_of(workload, self._plan.open_loop, self._plan.seed + 1))
+        load = Load(
+            requests=trace.requests,
+            arrivals_s=at_rate(list(trace.arrivals), rate),
+            limits_s=trace.limits_s,
+            give_up=give_up,
+        )
+        return await self._drive(contender, load, f"{workload.title}: {what}")
+
+    async def _again(self, serial: Serial) -> float:
+        """B0 once more, saturated, under the first workload."""
+        requests = requests_of(self._plan.workloads[0], self._plan.saturating, self._plan.seed)
+        run = await self._drive(serial, Load.saturating(requests), "once more, for drift")
+        return run.pictures_per_s
+
+    async def _drive(self, contender: Contender, load: Load, what: str) -> Run:
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            self._say(f"{contender.name}: {what}", done, len(load.requests))
+
+        self._say(f"{contender.name}: {what}", 0, len(load.requests))
+        return await drive(contender, load, count)
+
+    def _trace(self, requests: Sequence[GenerationRequest]) -> Trace:
+        limits_s = [PATIENCE * self._isolated_s[class_of(request)] for request in requests]
+        return Trace(requests=requests, arrivals=poisson(len(requests), self._plan.seed), limits_s=limits_s)
+
+    def _alone_s(self, batch: Sequence[GenerationRequest]) -> float:
+        return sum(self._isolated_s[class_of(request)] for request in batch)
+
+    def _batch_s(self, batch: Sequence[GenerationRequest]) -> float:
+        assert self._costs is not None, "measured whenever B1 is"
+        return self._costs.batch_s(batch)
+
+
+def _open_loop(rate: float, run: Run) -> OpenLoop:
+    return OpenLoop(
+        rate=rate,
+        attainment=run.attainment,
+        p50_s=run.latency_s(50),
+        p99_s=run.latency_s(99),
+        rows_per_forward=run.rows_per_forward,
+    )
+
+
+def difference(one: bytes, other: bytes) -> int:
+    """The largest difference of two pictures at any pixel and channel."""
+    a, b = (np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in (one, other))
+    return int(np.abs(a - b).max())

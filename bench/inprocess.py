@@ -1,0 +1,69 @@
+"""E: Heliograph's engine in this process, its own thread, requests straight into `submit`."""
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from bench.contender import Work
+from bench.pipeline import SOURCE
+from bench.workloads import MODEL
+from models import families
+from models.card import ModelCard
+from models.engine import Engine
+from models.events import Event, Failed, Finished
+from models.request import GenerationRequest
+
+ROWS = 2  # of a picture with guidance, in each of its steps
+
+
+class InProcess:
+    """Warm-up, which also measures the cap, happens while it opens."""
+
+    name = "E"
+    title = "Heliograph, in process"
+
+    def __init__(self, threads: int):
+        self._threads = threads
+        self._rows = 0
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+    def _start(self) -> None:
+        torch.set_num_threads(self._threads)
+        family = families.load(family="sd", source=str(SOURCE), device="cpu", dtype="float32")
+        self._engine = Engine(family, ModelCard.read(MODEL, "sd", str(SOURCE)), max_waiting=100_000)
+        self._engine.warm_up()
+        self._engine.start()
+
+    async def generate(self, request: GenerationRequest) -> bytes:
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[bytes] = loop.create_future()
+
+        def on_event(event: Event) -> None:  # called from the engine's threads
+            loop.call_soon_threadsafe(_settle, finished, event)
+
+        self._engine.submit(request, on_event, progress=False)
+        picture = await finished
+        assert request.steps is not None
+        self._rows += ROWS * request.steps
+        return picture
+
+    async def work(self) -> Work:
+        """Right between runs: the engine counts its forwards, the rows follow from the pictures it finished."""
+        return Work(forwards=self._engine.load().forwards, rows=self._rows)
+
+
+def _settle(finished: "asyncio.Future[bytes]", event: Event) -> None:
+    if isinstance(event, Finished):
+        finished.set_result(event.data)
+    elif isinstance(event, Failed):
+        finished.set_exception(event.error)

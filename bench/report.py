@@ -1,0 +1,157 @@
+"""The report: tables for the terminal and for README, and the run as JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.results import BASELINES, Measured, Results, WorkloadResults, ratio
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NOTHING = "–"
+RATIOS_TITLE = "Ratios of saturated throughput, and of capacity; best of B is the better of B0 and B1"
+COLUMNS = (
+    "Saturated: pictures a second, everything submitted at once; rows: in a forward there. Capacity: requests a second "
+    "of which 95 % are in time, that is within three times B0's time for such a request alone. p50, p99 (seconds) and "
+    "in time: at one arrival rate for all. Differs: the largest difference from B0's pictures at any pixel."
+)
+STEADY = (0.9, 1.1)  # a drift outside says that the machine had other work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A table before it is drawn: the first column names the row, the others hold figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        rule = [":--", *["--:"] * (len(self.columns) - 1)]
+        lines = [" | ".join(line) for line in (self.columns, rule, *self.rows)]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {line} |" for line in lines)
+
+    def rich(self) -> Table:
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """One table per workload, and the ratios over all of them."""
+    return [*map(_workload_sheet, results.workloads), _ratio_sheet(results)]
+
+
+def _workload_sheet(results: WorkloadResults) -> Sheet:
+    alone = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in results.isolated_s.items())
+    return Sheet(
+        title=f"{results.title.capitalize()} (B0 alone: {alone})",
+        columns=(
+            results.title,
+            "saturated",
+            "rows",
+            "capacity",
+            f"p50 at {_rate(results)}",
+            "p99",
+            "in time",
+            "differs",
+        ),
+        rows=[_row(measured) for measured in results.measured],
+    )
+
+
+def _rate(results: WorkloadResults) -> str:
+    common = results.measured[0].common if results.measured else None
+    return f"{common.rate:.2f}" if common else NOTHING
+
+
+def _row(measured: Measured) -> list[str]:
+    saturated, capacity, common = measured.saturated, measured.capacity, measured.common
+    return [
+        measured.contender,
+        _figure(saturated and saturated.pictures_per_s),
+        _figure(saturated and saturated.rows_per_forward, 1),
+        _figure(capacity and capacity.rate),
+        _figure(common and common.p50_s),
+        _figure(common and common.p99_s),
+        f"{common.attainment:.0%}" if common else NOTHING,
+        f"{saturated.difference}/255" if saturated and saturated.difference is not None else NOTHING,
+    ]
+
+
+def _ratio_sheet(results: Results) -> Sheet:
+    rows = [
+        [
+            workload.title,
+            _figure(ratio(workload.throughput("E"), workload.throughput("B0"))),
+            _figure(ratio(workload.throughput("E"), workload.throughput(*BASELINES))),
+            _figure(ratio(workload.throughput("H"), workload.throughput("E"))),
+            _figure(ratio(workload.capacity("E"), workload.capacity(*BASELINES))),
+        ]
+        for workload in results.workloads
+    ]
+    columns = ("ratios", "E / B0", "E / best of B", "H / E", "capacity E / best of B")
+    return Sheet(title=RATIOS_TITLE, columns=columns, rows=rows)
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def show(results: Results, console: Console) -> None:
+    for sheet in sheets(results):
+        console.print(sheet.rich())
+    console.print(*_facts(results), sep="\n", highlight=False)
+
+
+def _facts(results: Results) -> list[str]:
+    facts = [
+        COLUMNS,
+        f"Machine: {results.machine}.",
+        f"Command: `{results.command}`, seed {results.seed}, {results.minutes} minutes.",
+    ]
+    if results.drift is not None:
+        facts.append(f"B0 at the end over B0 at the beginning: {results.drift:.2f}.")
+    legend = {m.contender: m.title for w in results.workloads for m in w.measured}
+    facts.append(", ".join(f"{name}: {title}" for name, title in legend.items()) + ".")
+    notes = [
+        f"{m.contender} under {w.title}: {m.capacity.note}"
+        for w in results.workloads
+        for m in w.measured
+        if m.capacity and m.capacity.note
+    ]
+    facts.append(f"Capacity of {'; '.join(notes)}." if notes else "")
+    if results.machine.busy or not _steady(results):
+        facts.append("The machine was busy with something else: these figures are not worth keeping.")
+    return [fact for fact in facts if fact]
+
+
+def _steady(results: Results) -> bool:
+    low, high = STEADY
+    return results.drift is None or low <= results.drift <= high
+
+
+def markdown(results: Results) -> str:
+    """The tables and what they were measured on."""
+    return "\n\n".join([*(sheet.markdown() for sheet in sheets(results)), *_facts(results)])
+
+
+def write(results: Results, folder: Path) -> None:
+    """bench.json and bench.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    (folder / "bench.md").write_text(markdown(results) + "\n")
+
+
+def publish(results: Results, readme: Path = README) -> None:
+    """Replaces what stands between the two marks in README."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}")

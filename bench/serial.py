@@ -1,0 +1,69 @@
+"""B0: diffusers' pipeline, one request at a time, first come first served."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from bench.contender import Work
+from bench.pipeline import Pipeline
+from bench.replay import BatchCosts
+from bench.workloads import RequestClass, request_of
+from models.request import GenerationRequest
+
+STEPS_TIMED = (4, 12)  # two points give a call's fixed part and its part per step
+
+
+class Serial:
+    """The queue in front of the pipeline is the executor's."""
+
+    name = "B0"
+    title = "diffusers, one at a time"
+
+    def __init__(self, threads: int):
+        self._threads = threads
+
+    async def __aenter__(self) -> Self:
+        self._pipeline = Pipeline(self._threads)
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.shutdown()
+
+    async def generate(self, request: GenerationRequest) -> bytes:
+        [picture] = await self._draw([request])
+        return picture
+
+    async def work(self) -> Work:
+        return self._pipeline.work
+
+    async def isolated_s(self, kind: RequestClass, repeats: int) -> float:
+        """The median time of a request of this class with the machine to itself."""
+        return statistics.median([await self._timed_s(kind, 1) for _ in range(repeats)])
+
+    async def batch_costs(self, sides: Iterable[int], pictures: Sequence[int]) -> BatchCosts:
+        """What the pipeline's calls cost by size and number of pictures, the better of two runs each."""
+        fixed, step = {}, {}
+        few, many = STEPS_TIMED
+        for side in sides:
+            for n in pictures:
+                few_s, many_s = [
+                    min([await self._timed_s(RequestClass(side, steps), n) for _ in range(2)]) for steps in STEPS_TIMED
+                ]
+                step[side, n] = max((many_s - few_s) / (many - few), 1e-6)
+                fixed[side, n] = max(few_s - few * step[side, n], 0.0)
+        return BatchCosts(fixed_s=fixed, step_s=step)
+
+    async def _timed_s(self, kind: RequestClass, pictures: int) -> float:
+        start = time.perf_counter()
+        await self._draw([request_of(kind, seed) for seed in range(pictures)])
+        return time.perf_counter() - start
+
+    async def _draw(self, requests: list[GenerationRequest]) -> list[bytes]:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._pipeline.draw, requests)
