@@ -224,3 +224,7 @@ def _models(address: str, local: bool, config: Path) -> list[dict[str, Any]]:
 def bench(context: typer.Context) -> None:
     """Measure Heliograph against diffusers and @serve.batch; options go to `python -m bench`."""
     sys.exit(subprocess.call([sys.executable, "-m", "bench", *context.args]))
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,9 @@ def running(deployment: Deployment, raw: dict[str, Any], report: Callable[[str],
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which takes SIGTERM for itself
+        # After ray.init, which takes SIGTERM for itself; SIGINT because a shell's background jobs start without it.
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
         address = f"http://{_reachable(options.host)}:{options.port}"
         report("deploying the applications")
         _deploy(deployment, raw)
@@ -71,7 +73,7 @@ def running(deployment: Deployment, raw: dict[str, Any], report: Callable[[str],
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         report("stopping")
         # Serve kills its controller while that says goodbye, and Ray prints it as a failure.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             serve.shutdown()
             ray.shutdown()
 

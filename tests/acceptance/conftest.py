@@ -1,0 +1,119 @@
+"""One real server for the whole session: `heliograph serve` with the configuration that ships, on a port of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 280.0  # two cores that others use as well
+STOP_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """A server-sent event and when it arrived."""
+
+    name: str
+    data: dict[str, Any]
+    at: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: its address and its process."""
+
+    address: str
+    pid: int
+
+    def post(self, **body: Any) -> httpx2.Response:
+        return httpx2.post(f"{self.address}/v1/generate", json={"prompt": "a red circle"} | body, timeout=300)
+
+    @contextmanager
+    def stream(self, **body: Any) -> Iterator[Iterator[Event]]:
+        """The events of a request. Leaving the block closes the connection."""
+        request = {"prompt": "a red circle", "stream": True, "preview_every": 0} | body
+        with httpx2.stream("POST", f"{self.address}/v1/generate", json=request, timeout=300) as answer:
+            assert answer.status_code == 200, answer.read()
+            yield _events(answer.iter_lines())
+
+    def replicas(self, model: str) -> list[psutil.Process]:
+        """The processes that run a model."""
+        title = f"ray::ServeReplica:model-{model}"
+        return [p for p in psutil.Process(self.pid).children(recursive=True) if _title(p).startswith(title)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _events(lines: Iterator[str]) -> Iterator[Event]:
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield Event(name, json.loads(line.removeprefix("data: ")), time.monotonic())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    port = free_port()
+    command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port)]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(process, address, log)
+        yield Server(address, process.pid)
+        _stop(process, log)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx2.get(f"{address}/readyz", timeout=5).status_code == 200:
+                return
+        except httpx2.HTTPError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"the server was not ready after {START_TIMEOUT_S} s\n{log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    """SIGTERM ends it with status 0, and none of its processes lives on."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=STOP_TIMEOUT_S) == 0, log.read_text()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    left = [_title(p) for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left, left
