@@ -1,4 +1,4 @@
-"""Tapes against diffusers' own loops, for every sampler with every schedule it has, with a network made of a formula."""
+"""Tapes against diffusers' own loops, for every sampler and schedule, with a formula for a network."""
 
 import diffusers
 import pytest
@@ -40,7 +40,9 @@ def by_diffusers(scheduler, steps: int, strength: float | None, seed: int) -> to
         x = torch.randn(1, 4, 8, 8, generator=generator)
         x = scheduler.add_noise(clean(), x, timesteps[:1])
     accepted = scheduler.step.__code__.co_varnames
-    options = ({"generator": generator} if "generator" in accepted else {}) | ({"eta": 0.0} if "eta" in accepted else {})
+    options = ({"generator": generator} if "generator" in accepted else {}) | (
+        {"eta": 0.0} if "eta" in accepted else {}
+    )
     for t in timesteps:
         m = network(scheduler.scale_model_input(x, t), float(t))
         x = scheduler.step(m, t, x, **options, return_dict=False)[0]

@@ -1,0 +1,114 @@
+"""Requests: defaults resolved once, ranges held, names people use understood."""
+
+import dataclasses
+
+import pytest
+
+from models.card import ModelCard
+from models.errors import InvalidRequest
+from models.images import Picture
+from models.request import EffectiveRequest, GenerationRequest
+from models.samplers import SAMPLERS, find_sampler, find_schedule
+
+CARD = ModelCard(name="m", family="sd", width=512, height=512, max_pixels=1024 * 1024)
+
+
+def resolve(**fields) -> EffectiveRequest:
+    return GenerationRequest(**({"model": "m", "prompt": "a fox"} | fields)).resolve(CARD)
+
+
+def test_what_is_not_said_comes_from_the_card():
+    request = resolve()
+    assert (request.width, request.height, request.steps, request.guidance_scale) == (512, 512, 25, 7.5)
+    assert (request.sampler, request.schedule) == ("dpmpp_2m", "karras")
+    assert 0 <= request.seed < 2**32
+    assert resolve().seed != request.seed
+
+
+def test_resolving_again_changes_nothing():
+    request = resolve(steps=7)
+    assert request.resolve(CARD) == request
+
+
+def test_a_request_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DPM++ 2M Karras", ("dpmpp_2m", "karras")),
+        ("k_euler_a", ("euler_a", None)),
+        ("Euler a", ("euler_a", None)),
+        ("DPM++ 2M SDE Exponential", ("dpmpp_2m_sde", "exponential")),
+        ("PLMS", ("pndm", None)),
+        ("UniPC", ("unipc", None)),
+        ("k_dpm_2_ancestral", ("dpm2_a", None)),
+        ("DPM2 a Karras", ("dpm2_a", "karras")),
+        ("LMS Karras", ("lms", "karras")),
+    ],
+)
+def test_sampler_names_people_use_elsewhere(name, expected):
+    assert find_sampler(name) == expected
+
+
+def test_every_alias_belongs_to_one_sampler():
+    for name, sampler in SAMPLERS.items():
+        for alias in (name, *sampler.aliases):
+            assert find_sampler(alias) == (name, None)
+
+
+def test_a_sampler_named_alone_does_not_take_over_the_models_schedule():
+    assert (resolve(sampler="ddim").sampler, resolve(sampler="ddim").schedule) == ("ddim", "default")
+    assert resolve(sampler="dpmpp_2m").schedule == "karras"
+    assert resolve(sampler="Euler Karras").schedule == "karras"
+    assert find_schedule("Trailing") == "sgm_uniform"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 10_001}, "prompt"),
+        ({"prompt": "a\0b"}, "prompt"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt"),
+        ({"width": 513}, "width"),
+        ({"height": 8}, "height"),
+        ({"width": 2048, "height": 1024}, "width"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1_000_000}, "steps"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"samples": 0}, "samples"),
+        ({"samples": 17}, "samples"),
+        ({"clip_skip": 9}, "clip_skip"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"denoise_strength": 0.5}, "denoise_strength"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"priority": "urgent"}, "priority"),
+        ({"sampler": "nope"}, "sampler"),
+        ({"schedule": "nope"}, "schedule"),
+        ({"sampler": "euler_a", "schedule": "karras"}, "schedule"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(fields, field):
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(**fields)
+    assert refused.value.field == field
+
+
+def test_an_input_picture_lends_its_size_and_its_default_strength():
+    picture = Picture(width=203, height=130, data=bytes(203 * 130 * 3))
+    request = resolve(image=picture)
+    assert (request.width, request.height, request.denoise_strength, request.task) == (200, 128, 0.75, "img2img")
+    assert resolve(image=picture, width=256).width == 256
+
+
+def test_what_is_not_there_yet_is_refused_and_not_ignored():
+    picture = Picture(width=64, height=64, data=bytes(64 * 64 * 3))
+    with pytest.raises(InvalidRequest, match="mask"):
+        resolve(image=picture, mask=picture)
