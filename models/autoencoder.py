@@ -18,7 +18,7 @@ class Autoencoder:
     def __init__(self, vae: AutoencoderKL, device: torch.device):
         self._vae = vae
         self._device = device
-        self._mean, self._scale = _normalisation(vae)
+        self._mean, self._scale = _normalisation(vae, device)
         self.channels: int = vae.config.latent_channels
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self._preview_map = self._fit_preview()
@@ -61,12 +61,11 @@ class Autoencoder:
         return solution[:-1].T.to(self._device), solution[-1].to(self._device)
 
 
-def _normalisation(vae: AutoencoderKL) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+def _normalisation(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """(mean, scale): latents handed out are (raw - mean) * scale; some SDXL autoencoders have them per channel."""
     scale = vae.config.scaling_factor
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or std is None:
         return 0.0, scale
     shape = (1, -1, 1, 1)
-    device = vae.device
     return torch.tensor(mean, device=device).view(shape), scale / torch.tensor(std, device=device).view(shape)
