@@ -21,20 +21,31 @@ class Model:
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
 
-    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
-        """Runs one request and yields its events, Admitted first. A caller who stops listening cancels it.
+    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
+        """Runs one request and yields its events, Admitted first; Progress only where `progress` asks for it, since
+        each event costs a millisecond on its way. A caller who stops listening cancels the request.
 
         A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
         # Not bounded by a number because it is by nature: steps x samples events, and only the last pictures are large.
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        waiting = self._engine.load().waiting
+        # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
+        submitting = loop.run_in_executor(
+            None,
+            lambda: self._engine.submit(
+                request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), progress=progress
+            ),
+        )
         try:
-            waiting = self._engine.load().waiting
-            id = self._engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+            id = await asyncio.shield(submitting)
         except HeliographError as refusal:
             yield Failed(error=refusal)
             return
+        except asyncio.CancelledError:
+            submitting.add_done_callback(self._cancel_submitted)
+            raise
         try:
             yield Admitted(waiting=waiting, revision=self._engine.revision)
             unfinished = request.samples
@@ -46,6 +57,11 @@ class Model:
                 unfinished -= isinstance(event, Finished)
         finally:
             self._engine.cancel(id)
+
+    def _cancel_submitted(self, submitting: asyncio.Future[str]) -> None:
+        """For a caller who left before the engine had named the request."""
+        if submitting.exception() is None:
+            self._engine.cancel(submitting.result())
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how busy it is."""

@@ -41,14 +41,14 @@ class Router:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
 
-    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out."""
         deadline = time.monotonic() + self._patience_s(request)
         delivered: set[int] = set()
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                async with aclosing(self._attempt(request, deadline)) as events:
+                async with aclosing(self._attempt(request, progress, deadline)) as events:
                     async for event in events:
                         if not _is_repeated(event, delivered, attempt):
                             yield event
@@ -66,7 +66,9 @@ class Router:
             return self._request_timeout_s
         return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
 
-    async def _attempt(self, request: EffectiveRequest, deadline: float) -> AsyncGenerator[ReplicaEvent, None]:
+    async def _attempt(
+        self, request: EffectiveRequest, progress: bool, deadline: float
+    ) -> AsyncGenerator[ReplicaEvent, None]:
         left_s = deadline - time.monotonic()
         if request.deadline_s is not None:
             request = replace(request, deadline_s=max(DEADLINE_S.low, min(request.deadline_s, left_s)))
@@ -74,7 +76,7 @@ class Router:
         try:
             async with asyncio.timeout(left_s):
                 handle = await self._handle(request.model)
-                response = handle.generate.remote(request)
+                response = handle.generate.remote(request, progress)
             while True:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     event = await anext(response, None)

@@ -17,7 +17,7 @@ from models.request import EffectiveRequest, GenerationRequest
 class Router(Protocol):
     """Brings a request to a replica of its model, and the replica's events back."""
 
-    def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]: ...
+    def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]: ...
 
     async def state(self, model: str) -> ModelState: ...
 
@@ -98,18 +98,18 @@ class Service:
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Makes all pictures of a request. Raises the errors of models/errors.py."""
-        async with aclosing(self.stream(request)) as events:
+        async with aclosing(self.stream(request, progress=False)) as events:
             async for event in events:
                 if isinstance(event, GenerationResult):
                     return event
         raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
+    async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
         effective = request.resolve(self.card(request.model))
         images: dict[int, Finished] = {}
-        async with aclosing(self._router.generate(effective)) as events:
+        async with aclosing(self._router.generate(effective, progress)) as events:
             async for event in events:
                 match event:
                     case Admitted(waiting=waiting, revision=revision):

@@ -38,14 +38,15 @@ class MemoryRouter:
     async def state(self, model: str) -> ModelState:
         return self.states[model]
 
-    async def generate(self, request: EffectiveRequest) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
         self.requests.append(request)
         try:
             if self.refusal:
                 yield Failed(error=self.refusal)
                 return
             yield Admitted(waiting=2, revision="abc")
-            yield Progress(index=0, step=1, steps=request.steps, forward=1, rows=2, preview=b"jpeg")
+            if progress:
+                yield Progress(index=0, step=1, steps=request.steps, forward=1, rows=2, preview=b"jpeg")
             if self.failure:
                 yield Failed(error=self.failure)
                 return
