@@ -6,11 +6,13 @@ others get (Ray gives a replica one); waiting requests are not bounded; @serve.b
 
 import asyncio
 
+import numpy as np
 from ray import serve
 
 from bench.contender import Work
-from bench.pipeline import Pipeline, groups_of
+from bench.pipeline import embedded, groups_of
 from bench.replay import Batching
+from models.images import encode
 from models.request import GenerationRequest
 
 
@@ -19,7 +21,7 @@ class GroupedPipeline:
     """Takes requests one by one and draws them in batches, each group of equal parameters by one call."""
 
     def __init__(self, threads: int):
-        self._pipeline = Pipeline(threads)
+        self._pipeline = embedded(threads)
 
     async def tune(self, batching: Batching) -> None:
         self.draw_batch.set_max_batch_size(batching.max_size)
@@ -29,14 +31,13 @@ class GroupedPipeline:
         return self._pipeline.work
 
     async def generate(self, request: GenerationRequest) -> bytes:
-        return await self.draw_batch(request)
+        return await asyncio.to_thread(encode, await self.draw_batch(request), "png")
 
     @serve.batch(max_batch_size=1)
-    async def draw_batch(self, requests: list[GenerationRequest]) -> list[bytes]:
+    async def draw_batch(self, requests: list[GenerationRequest]) -> list[np.ndarray]:
         """The batch answers when all of it is done: that is how @serve.batch works."""
-        pictures: list[bytes] = [b""] * len(requests)
+        pictures: dict[int, np.ndarray] = {}
         for group in groups_of(requests):
             drawn = await asyncio.to_thread(self._pipeline.draw, [requests[i] for i in group])
-            for i, picture in zip(group, drawn, strict=True):
-                pictures[i] = picture
-        return pictures
+            pictures |= zip(group, drawn, strict=True)
+        return [pictures[i] for i in range(len(requests))]

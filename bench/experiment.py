@@ -25,7 +25,7 @@ from models.request import GenerationRequest
 PATIENCE = 3.0  # a request is in time within so many times its isolated latency
 COMMON_SHARE = 0.7  # of B0's saturated throughput: the rate at which every contender's latencies are compared
 CAPACITY_GUESS = 0.7  # of a contender's own saturated throughput: where the search for its capacity begins
-CHALLENGERS: dict[str, Callable[[int], Contender]] = {"B1": Grouped, "E": InProcess, "H": Server}
+CHALLENGERS: dict[str, Callable[[int], Contender]] = {"B1": Grouped, "E": InProcess.embedded, "H": Server}
 SEARCHED = ("B1", "E")  # capacity costs many trials; H is compared with E at saturation and at the common rate
 Say = Callable[[str, int, int], None]
 
@@ -43,7 +43,7 @@ class Experiment:
 
     async def run(self) -> Results:
         started = time.monotonic()
-        async with Serial(self._plan.threads) as serial:
+        async with Serial.embedded(self._plan.threads) as serial:
             await self._calibrate(serial)
             first = await self._measure_all(serial)
             for name in self._plan.contenders:

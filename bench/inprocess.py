@@ -1,6 +1,8 @@
 """E: Heliograph's engine in this process, its own thread, requests straight into `submit`."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -15,34 +17,32 @@ from models.engine import Engine
 from models.events import Event, Failed, Finished
 from models.request import GenerationRequest
 
+MAX_WAITING = 100_000  # nobody is refused in a benchmark
 ROWS = 2  # of a picture with guidance, in each of its steps
 
 
 class InProcess:
-    """Warm-up, which also measures the cap, happens while it opens."""
+    """The engine is made, and warmed up, while it opens."""
 
-    name = "E"
-    title = "Heliograph, in process"
-
-    def __init__(self, threads: int):
-        self._threads = threads
+    def __init__(self, make: Callable[[], Engine], name: str = "E", title: str = "Heliograph, in process"):
+        self.name = name
+        self.title = title
+        self._make = make
         self._rows = 0
 
+    @classmethod
+    def embedded(cls, threads: int) -> Self:
+        return cls(partial(embedded, threads))
+
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self._start)
+        self._engine = await asyncio.to_thread(self._make)
+        self._engine.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self._engine.close)
-
-    def _start(self) -> None:
-        torch.set_num_threads(self._threads)
-        family = families.load(family="sd", source=str(SOURCE), device="cpu", dtype="float32")
-        self._engine = Engine(family, ModelCard.read(MODEL, "sd", str(SOURCE)), max_waiting=100_000)
-        self._engine.warm_up()
-        self._engine.start()
 
     async def generate(self, request: GenerationRequest) -> bytes:
         loop = asyncio.get_running_loop()
@@ -60,6 +60,16 @@ class InProcess:
     async def work(self) -> Work:
         """Right between runs: the engine counts its forwards, the rows follow from the pictures it finished."""
         return Work(forwards=self._engine.load().forwards, rows=self._rows)
+
+
+def embedded(threads: int, warm_up: bool = True) -> Engine:
+    """The embedded sd15 in float32 on the CPU; the warm-up measures its cap."""
+    torch.set_num_threads(threads)
+    family = families.load(family="sd", source=str(SOURCE), device="cpu", dtype="float32")
+    engine = Engine(family, ModelCard.read(MODEL, "sd", str(SOURCE)), max_waiting=MAX_WAITING)
+    if warm_up:
+        engine.warm_up()
+    return engine
 
 
 def _settle(finished: "asyncio.Future[bytes]", event: Event) -> None:

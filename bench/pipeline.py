@@ -1,8 +1,9 @@
-"""diffusers' own pipeline drawing requests of one class together: what both baselines run."""
+"""diffusers' own pipeline drawing requests of one class together: what the baselines run."""
 
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -12,51 +13,58 @@ from diffusers import StableDiffusionPipeline
 
 from bench.contender import Work
 from bench.workloads import RequestClass, class_of
-from models.images import encode
 from models.request import GenerationRequest
 from models.samplers import SAMPLERS, SCHEDULES
 
 SOURCE = Path(__file__).parents[1] / "models" / "embedded" / "sd15"
-GroupKey = tuple[RequestClass, float | None, str | None, str | None]
+GroupKey = tuple[RequestClass, float | None, str | None, str | None, bool]
 
 
 class Pipeline:
-    """A StableDiffusionPipeline in float32 on the CPU that counts its network's forwards and rows."""
+    """A pipeline of diffusers' that counts its network's forwards and rows. One call at a time."""
 
-    def __init__(self, threads: int):
-        torch.set_num_threads(threads)
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        self._pipeline = StableDiffusionPipeline.from_pretrained(SOURCE, dtype=torch.float32)
+    def __init__(self, pipeline: Any):
+        self._pipeline = pipeline
         self._pipeline.set_progress_bar_config(disable=True)
-        self._base = dict(self._pipeline.scheduler.config)
+        self._base = dict(pipeline.scheduler.config)
         self._lock = threading.Lock()
         self._forwards = self._rows = 0
-        self._pipeline.unet.register_forward_hook(self._count)
+        self._hook = pipeline.unet.register_forward_hook(self._count)
+
+    def close(self) -> None:
+        """Leaves the network as it was: others may run it next."""
+        self._hook.remove()
 
     @property
     def work(self) -> Work:
         return Work(forwards=self._forwards, rows=self._rows)
 
-    def draw(self, requests: Sequence[GenerationRequest]) -> list[bytes]:
-        """The pictures of requests with equal parameters, each from its own generator, encoded as the engine does."""
+    def draw(self, requests: Sequence[GenerationRequest]) -> list[np.ndarray]:
+        """Pictures (h, w, 3) of requests with equal parameters, each from its own generator."""
+        return [np.asarray(picture) for picture in self._call(requests, "pil")]
+
+    def latents(self, request: GenerationRequest) -> torch.Tensor:
+        """The final latents of one request, (c, h, w)."""
+        return self._call([request], "latent")[0]
+
+    def _call(self, requests: Sequence[GenerationRequest], output_type: str) -> Any:
         first = requests[0]
         assert len({group_key(r) for r in requests}) == 1, "a call of the pipeline has one set of parameters"
         with self._lock:
             self._pipeline.scheduler = self._scheduler(first)
-            pictures = self._pipeline(
+            return self._pipeline(
                 [r.prompt for r in requests],
-                negative_prompt=[r.negative_prompt for r in requests],
+                # None and not "": SDXL's pipeline takes zeros for what was not said, as the engine does.
+                negative_prompt=[r.negative_prompt for r in requests] if first.negative_prompt else None,
                 width=first.width,
                 height=first.height,
                 num_inference_steps=first.steps,
                 guidance_scale=first.guidance_scale,
                 generator=[torch.Generator().manual_seed(r.seed) for r in requests],
-                output_type="pil",
+                output_type=output_type,
             ).images
-        return [encode(np.asarray(picture), "png") for picture in pictures]
 
-    def _scheduler(self, request: GenerationRequest) -> "diffusers.SchedulerMixin":
+    def _scheduler(self, request: GenerationRequest) -> Any:
         sampler = SAMPLERS[request.sampler]
         options = {**sampler.options, **SCHEDULES[request.schedule]}
         return getattr(diffusers, sampler.scheduler).from_config({**self._base, **options})
@@ -66,9 +74,17 @@ class Pipeline:
         self._rows += output[0].shape[0]
 
 
+def embedded(threads: int) -> Pipeline:
+    """The embedded sd15 in float32 on the CPU."""
+    torch.set_num_threads(threads)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return Pipeline(StableDiffusionPipeline.from_pretrained(SOURCE, dtype=torch.float32))
+
+
 def group_key(request: GenerationRequest) -> GroupKey:
     """What requests must share to be drawn by one call of the pipeline."""
-    return class_of(request), request.guidance_scale, request.sampler, request.schedule
+    return class_of(request), request.guidance_scale, request.sampler, request.schedule, bool(request.negative_prompt)
 
 
 def groups_of(requests: Sequence[GenerationRequest]) -> list[list[int]]:

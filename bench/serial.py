@@ -3,31 +3,38 @@
 import asyncio
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from bench.contender import Work
-from bench.pipeline import Pipeline
+from bench.pipeline import Pipeline, embedded
 from bench.replay import BatchCosts
 from bench.workloads import RequestClass, request_of
+from models.images import encode
 from models.request import GenerationRequest
 
 STEPS_TIMED = (4, 12)  # two points give a call's fixed part and its part per step
 
 
 class Serial:
-    """The queue in front of the pipeline is the executor's."""
+    """The queue in front of the pipeline is the executor's. Pictures are packed beside it, as the engine does."""
 
-    name = "B0"
-    title = "diffusers, one at a time"
+    def __init__(self, make: Callable[[], Pipeline], name: str = "B0", title: str = "diffusers, one at a time"):
+        self.name = name
+        self.title = title
+        self._make = make
 
-    def __init__(self, threads: int):
-        self._threads = threads
+    @classmethod
+    def embedded(cls, threads: int) -> Self:
+        return cls(partial(embedded, threads))
 
     async def __aenter__(self) -> Self:
-        self._pipeline = Pipeline(self._threads)
+        self._pipeline = await asyncio.to_thread(self._make)
         self._worker = ThreadPoolExecutor(max_workers=1)
         return self
 
@@ -35,10 +42,11 @@ class Serial:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._worker.shutdown()
+        self._pipeline.close()
 
     async def generate(self, request: GenerationRequest) -> bytes:
         [picture] = await self._draw([request])
-        return picture
+        return await asyncio.to_thread(encode, picture, "png")
 
     async def work(self) -> Work:
         return self._pipeline.work
@@ -65,5 +73,5 @@ class Serial:
         await self._draw([request_of(kind, seed) for seed in range(pictures)])
         return time.perf_counter() - start
 
-    async def _draw(self, requests: list[GenerationRequest]) -> list[bytes]:
+    async def _draw(self, requests: list[GenerationRequest]) -> list[np.ndarray]:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._pipeline.draw, requests)

@@ -35,16 +35,14 @@ class Workload:
         return sorted(self.shares)
 
 
-def _steps_mixed(side: int, percent: int) -> dict[RequestClass, int]:
+def steps_mixed(side: int, percent: int) -> dict[RequestClass, int]:
     """20, 30 and 50 steps at 50, 30 and 20 % of `percent`."""
     return {RequestClass(side, steps): percent * part // 10 for steps, part in ((20, 5), (30, 3), (50, 2))}
 
 
 EQUAL = Workload(name="equal", title="equal requests", shares={RequestClass(128, 20): 100})
-MIXED_STEPS = Workload(name="steps", title="mixed steps", shares=_steps_mixed(128, 100))
-MIXED_SIZES = Workload(
-    name="sizes", title="mixed steps and sizes", shares=_steps_mixed(128, 60) | _steps_mixed(192, 40)
-)
+MIXED_STEPS = Workload(name="steps", title="mixed steps", shares=steps_mixed(128, 100))
+MIXED_SIZES = Workload(name="sizes", title="mixed steps and sizes", shares=steps_mixed(128, 60) | steps_mixed(192, 40))
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (EQUAL, MIXED_STEPS, MIXED_SIZES)}
 
 
@@ -55,12 +53,12 @@ def class_of(request: GenerationRequest) -> RequestClass:
     return RequestClass(request.width, request.steps)
 
 
-def request_of(kind: RequestClass, seed: int) -> GenerationRequest:
+def request_of(kind: RequestClass, seed: int, model: str = MODEL) -> GenerationRequest:
     """One request of a class, its prompt drawn by its seed; one sampler throughout, the embedded model's default."""
     rng = random.Random(seed)
     figure, ground = rng.sample(COLOURS, 2)
     return GenerationRequest(
-        model=MODEL,
+        model=model,
         prompt=f"a {figure} {rng.choice(SHAPES)} on a {ground} background",
         width=kind.side,
         height=kind.side,
@@ -72,7 +70,7 @@ def request_of(kind: RequestClass, seed: int) -> GenerationRequest:
     )
 
 
-def requests_of(workload: Workload, count: int, seed: int) -> list[GenerationRequest]:
+def requests_of(workload: Workload, count: int, seed: int, model: str = MODEL) -> list[GenerationRequest]:
     """`count` requests whose classes have the workload's shares exactly (to a request), in a seeded order."""
     total = sum(workload.shares.values())
     deck = [kind for kind, share in workload.shares.items() for _ in range(round(count * share / total))]
@@ -80,4 +78,4 @@ def requests_of(workload: Workload, count: int, seed: int) -> list[GenerationReq
     while len(deck) < count:  # rounding can leave a place or take one too many
         deck.append(rng.choice(workload.classes))
     rng.shuffle(deck)
-    return [request_of(kind, seed * 100_000 + i) for i, kind in enumerate(deck[:count])]
+    return [request_of(kind, seed * 100_000 + i, model) for i, kind in enumerate(deck[:count])]

@@ -203,13 +203,14 @@ def test_the_tables_are_put_between_the_marks_and_say_what_was_not_measured(tmp_
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers on numpy 2
 async def test_the_engine_draws_what_the_pipeline_draws_in_fewer_forwards():
     from bench.experiment import difference
-    from bench.inprocess import InProcess
+    from bench.inprocess import InProcess, embedded
     from bench.serial import Serial
 
     requests = [request_of(RequestClass(128, steps), seed) for seed, steps in enumerate((4, 6, 6, 8))]
-    async with Serial(threads=2) as serial:
+    # one thread, and no cap measured: two threads are slow for want of each other when other tests run beside
+    async with Serial.embedded(threads=1) as serial:
         alone = await drive(serial, Load.saturating(requests))
-    async with InProcess(threads=2) as engine:
+    async with InProcess(lambda: embedded(threads=1, warm_up=False)) as engine:
         together = await drive(engine, Load.saturating(requests))
     assert alone.work == Work(forwards=24, rows=48)
     assert together.work is not None
@@ -217,3 +218,31 @@ async def test_the_engine_draws_what_the_pipeline_draws_in_fewer_forwards():
     assert together.work.forwards < 24
     pictures = {o.request.seed: o.picture for o in alone.outcomes}
     assert all(difference(o.picture, pictures[o.request.seed]) <= 1 for o in together.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "decode"), [("sd15", 0.8033, 2.515), ("sd21", 2.1491, 5.754), ("sdxl", 6.7612, 10.47)]
+)
+def test_the_full_size_networks_are_the_real_ones(name: str, row: float, decode: float):
+    """By the number of parameters, and by arithmetic (2 FLOP for a multiply-add, in units of 1e12)."""
+    import torch
+
+    from bench.fullsize import NETWORKS, Flops, autoencoder, unet
+
+    network = NETWORKS[name]
+    with torch.device("meta"):
+        denoiser, decoder = unet(network), autoencoder(network)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == network.parameters
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 83_653_863
+    flops = Flops.count({"unet": denoiser, "vae": decoder}, network.side)
+    assert flops.row / 1e12 == pytest.approx(row, rel=1e-3)
+    assert flops.decode / 1e12 == pytest.approx(decode, rel=1e-3)
+
+
+def test_drift_is_that_of_the_nearest_picture():
+    import torch
+
+    from bench.drift import nearest
+
+    reference = torch.ones(4, 8, 8)
+    assert nearest(reference, [-reference, 1.01 * reference]) == pytest.approx(0.01, rel=1e-3)
