@@ -1,10 +1,10 @@
 """The autoencoder between pictures and latents, and a linear shortcut from latents to small previews."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from models.images import Picture
 
@@ -15,8 +15,8 @@ _FIT_PICTURES = 8
 class Autoencoder:
     """diffusers' AutoencoderKL with SD's conventions: scaled latents (n, c, h, w), 8-bit pictures (n, H, W, 3)."""
 
-    def __init__(self, vae: AutoencoderKL, device: torch.device):
-        self._vae = vae
+    def __init__(self, vae: Any, device: torch.device):
+        self._vae = vae  # Any, as the networks in families/: diffusers types its configurations as plain dicts
         self._device = device
         self._mean, self._scale = _normalisation(vae, device)
         self.channels: int = vae.config.latent_channels
@@ -61,7 +61,7 @@ class Autoencoder:
         return solution[:-1].T.to(self._device), solution[-1].to(self._device)
 
 
-def _normalisation(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+def _normalisation(vae: Any, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """(mean, scale): latents handed out are (raw - mean) * scale; some SDXL autoencoders have them per channel."""
     scale = vae.config.scaling_factor
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)

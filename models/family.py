@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from models.autoencoder import Autoencoder
+from models.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +52,14 @@ class Family(Protocol):
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
         """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32."""
         ...
+
+
+def check_network(unet: Any, channels: int) -> None:
+    """Raises InvalidRequest for a UNet that wants inputs which the engine would leave out in silence."""
+    wants = unet.config.in_channels
+    if wants != channels:
+        raise InvalidRequest("source", f"the UNet takes {wants} channels (for inpainting or depth?), not {channels}")
+    if unet.config.time_cond_proj_dim is not None:
+        raise InvalidRequest(
+            "source", "the UNet takes the guidance scale as an input; such distilled models do not run"
+        )

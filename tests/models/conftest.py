@@ -29,7 +29,7 @@ def new_engine(name: str, **options) -> Engine:
 
 @cache
 def pipeline(name: str) -> diffusers.DiffusionPipeline:
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name), torch_dtype=torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,5 +1,6 @@
 """The embedded models: the world keeps its secrets, the scorer sees, the recipe resumes, and prompts are drawn."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
@@ -29,6 +31,8 @@ from models.embedded.world import (
     single,
     training_scene,
 )
+from models.request import GenerationRequest
+from tests.models.conftest import new_engine
 
 EMBEDDED = Path("models/embedded")
 NAMES = list(FAMILIES)
@@ -117,6 +121,16 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     assert torch.equal(run(tmp_path / "broken", -1), unbroken)
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny batches on several threads wait for each other more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_whole_recipe_runs_in_miniature_and_then_only_loads(tmp_path):
     recipe = Recipe(folder=tmp_path / "work", device=torch.device("cpu"), scale=0.0005, workers=1)
     recipe.make("sd21", tmp_path / "first")
@@ -151,3 +165,17 @@ def test_a_scheduler_is_configured_as_the_originals_is(name):
     assert config["steps_offset"] == 1
     assert config["beta_schedule"] == "scaled_linear"
     assert DDIMScheduler.from_config(config).config.clip_sample is False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_draws_what_prompts_say(name):
+    scenes = held_out_scenes("one object", 8)
+    requests = [
+        GenerationRequest(model=name, prompt=plain_caption(scene), steps=16, guidance_scale=5.0, seed=i)
+        for i, scene in enumerate(scenes)
+    ]
+    finished = new_engine(name).generate(requests)
+    pictures = [Image.open(io.BytesIO(picture.data)) for [picture] in finished]
+    scores = [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    assert sum(right["background"] for right in scores) >= 7
+    assert sum(right["colour"] for right in scores) >= 7
