@@ -65,7 +65,8 @@ class ModelSettings(Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     offload: bool = False
     threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
-    max_waiting: int = Field(default=64, ge=1, description="requests that may wait before new ones get 429")
+    max_waiting: int = Field(default=64, ge=1, description="pictures that may wait before new ones get 429")
+    max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
     defaults: CardDefaults = CardDefaults()
 
     @property

@@ -9,7 +9,7 @@ import pytest
 
 from tests.acceptance.conftest import Event, Server
 
-SIDE = 320  # steps long enough that the network's delays are short beside them
+SIDE = 192  # steps long enough that the network does not blur them, small enough that three pictures share one
 STEPS = 40
 
 
