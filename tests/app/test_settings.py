@@ -1,0 +1,107 @@
+"""What serve_config.yaml may say, and what it is refused for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from app import deployment, local
+from app.settings import CatalogueSettings, GatewaySettings, ModelSettings
+from models.errors import InvalidRequest
+
+SHIPPED = Path(__file__).resolve().parents[2] / "serve_config.yaml"
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return json.loads(json.dumps(yaml.safe_load(SHIPPED.read_text())))  # through JSON: anchors make shared objects
+
+
+def refusal(raw: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(InvalidRequest) as refused:
+        deployment.read(path)
+    return refused.value.message
+
+
+def test_what_ships_is_valid_and_complete():
+    described, _ = deployment.read(SHIPPED)
+    local.refuse_unknown_options(described)
+    assert [model.name for model in described.models] == ["sd15", "sd21", "sdxl"]
+    assert described.http_options.host == "127.0.0.1"
+    cards = described.catalogue.cards()
+    assert all(card.max_pixels == 1024 * 1024 and card.width == 128 for card in cards.values())
+
+
+def test_a_key_that_serve_would_ignore_is_refused_at_every_level(raw: dict[str, Any], tmp_path: Path):
+    assert "x-models: unknown key" in refusal(raw | {"x-models": 1}, tmp_path)
+    assert "http_options.prot: unknown key" in refusal(raw | {"http_options": {"prot": 80}}, tmp_path)
+    raw["applications"][0]["routeprefix"] = "/"
+    assert "applications.0.routeprefix: unknown key" in refusal(raw, tmp_path)
+
+
+def test_an_unknown_setting_of_a_model_is_refused(raw: dict[str, Any], tmp_path: Path):
+    raw["applications"][0]["args"]["sorce"] = "x"
+    assert "sorce" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_ongoing_request": 5}, {"autoscaling_config": {"min_replica": 1}}, {"ray_actor_options": {"num_gpu": 1}}],
+)
+def test_an_unknown_option_of_a_deployment_is_refused(raw: dict[str, Any], options: dict[str, Any]):
+    raw["applications"][0]["deployments"][0] |= options
+    with pytest.raises(InvalidRequest, match="unknown key"):
+        local.refuse_unknown_options(deployment.Deployment.model_validate(raw))
+
+
+def test_the_gateway_offers_what_runs(raw: dict[str, Any], tmp_path: Path):
+    raw["applications"][-1]["deployments"][0]["user_config"]["models"][0]["max_waiting"] = 3
+    assert "share them by a YAML anchor" in refusal(raw, tmp_path)
+
+
+def test_an_application_is_named_after_its_model(raw: dict[str, Any], tmp_path: Path):
+    raw["applications"][0]["name"] = "pictures"
+    assert "must be named model-sd15" in refusal(raw, tmp_path)
+
+
+def test_a_file_that_is_missing_or_not_yaml_is_refused(tmp_path: Path):
+    with pytest.raises(InvalidRequest, match="there is no file"):
+        deployment.read(tmp_path / "none.yaml")
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [")
+    with pytest.raises(InvalidRequest, match="is not YAML"):
+        deployment.read(path)
+
+
+@pytest.mark.parametrize("name", ["../sd15", "SD15", "", "a" * 65, "sd 15"])
+def test_a_name_is_a_plain_word(name: str):
+    with pytest.raises(ValidationError):
+        ModelSettings(name=name, source="x")
+
+
+def test_the_default_model_is_among_the_models():
+    model = ModelSettings(name="a", source="x")
+    with pytest.raises(ValidationError, match="default_model must be one of a"):
+        CatalogueSettings(models=(model,), default_model="b")
+    with pytest.raises(ValidationError, match="same name"):
+        CatalogueSettings(models=(model, model), default_model="a")
+
+
+def test_a_model_that_ships_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ModelSettings(name="sd15", source="models/embedded/sd15")
+    assert Path(settings.located_source).is_dir()
+    assert settings.card().width == 128
+    assert ModelSettings(name="hub", source="someone/something").located_source == "someone/something"
+
+
+def test_limits_are_positive():
+    with pytest.raises(ValidationError):
+        GatewaySettings(request_timeout_s=0)
+    with pytest.raises(ValidationError):
+        GatewaySettings(request_timeout_s=float("inf"))
