@@ -108,10 +108,6 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
     )
     engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
     if warm_up:
-        engine.warm_up()
-    if settings.max_rows is not None:
-        channels, factor = family.autoencoder.channels, family.autoencoder.factor
-        native = (channels, engine.card.height // factor, engine.card.width // factor)
-        engine.batcher.set_cap(native, settings.max_rows)
+        engine.warm_up(settings.max_rows)
     engine.start()
     return engine, {"name": settings.name, "family": settings.family, "threads": torch.get_num_threads()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.batcher import Batcher, Shape, knee
+from models.batcher import Batcher, knee
 from models.card import ModelCard
 from models.delivery import Delivery
 from models.denoiser import Denoiser
@@ -303,14 +303,14 @@ class Engine:
 
     # Measuring
 
-    def warm_up(self) -> None:
-        """Draws a picture and measures the cap at the model's native size. Call it before `start`."""
+    def warm_up(self, cap: int | None = None) -> None:
+        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before `start`."""
         request = GenerationRequest(model=self.card.name, prompt="warm-up", steps=2, seed=0)
         self.generate([request])
         shape = self._preparation.sequence(request.resolve(self.card), 0, "").shape
-        self.batcher.set_cap(shape, knee(self._measure(shape)))
+        self.batcher.set_cap(shape, cap or knee(self._measure()))
 
-    def _measure(self, shape: Shape) -> dict[int, float]:
+    def _measure(self) -> dict[int, float]:
         """Seconds of one forward by number of rows, up to where more rows no longer pay or memory ends."""
         seconds: dict[int, float] = {}
         for rows in _ROW_COUNTS:
@@ -319,7 +319,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 self._spare_memory([])
                 break
-            if knee(seconds) < rows:
+            if rows > 2 * knee(seconds):  # one size further than the knee, lest a hiccup pass for it
                 break
         return seconds
 
