@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 280.0  # two cores that others use as well
@@ -69,6 +70,13 @@ def _events(lines: Iterator[str]) -> Iterator[Event]:
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield Event(name, json.loads(line.removeprefix("data: ")), time.monotonic())
+
+
+def look_at(path: Path) -> tuple[str | None, tuple[int, int]]:
+    """A picture file's format and size; the whole picture has to be readable."""
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.format, picture.size
 
 
 def free_port() -> int:
