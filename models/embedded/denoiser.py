@@ -19,7 +19,7 @@ from models.embedded.training import Dice, Plan, train
 EMPTY_SHARE = 0.1  # of the captions, for classifier-free guidance
 ODD_SIZE_SHARE = 0.2  # of SDXL's rows, told of some other original size
 LARGEST_WEIGHT = 20.0
-SMALL_SHARE = 0.35  # of the steps, on latents of half the size: colours and layout at a quarter of the cost
+SMALL_SHARE = 0.3  # of a new UNet's steps, on latents of half the size: layout at a quarter of the cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def train_unet(
     latents = gallery.latents.to(device)
 
     def loss(step: int, dice: Dice) -> Tensor:
-        small = step < SMALL_SHARE * plan.steps
+        small = start is None and step < SMALL_SHARE * plan.steps
         rows = 2 * batch if small else batch
         chosen = dice.numpy.integers(len(latents), size=rows)
         clean = nn.functional.avg_pool2d(latents[chosen], 2) if small else latents[chosen]

@@ -91,7 +91,7 @@ def train(
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
                 save_checkpoint(path, step + 1, parameters, average, optimizer)
-            advance(float(value))
+            advance(value.item())
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
     return network.eval()
