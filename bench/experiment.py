@@ -91,9 +91,14 @@ class Experiment:
 
     async def _saturate(self, contender: Contender, workload: Workload) -> Saturated:
         requests = requests_of(workload, self._plan.saturating, self._plan.seed)
+        note = ""
         if isinstance(contender, Grouped):
-            trace = self._trace(requests)
-            await contender.tune(best_for_saturation(trace, self._batch_s)[1])
+            batching = best_for_saturation(self._trace(requests), self._batch_s)[1]
+            await contender.tune(batching)
+            note = str(batching)
+        if isinstance(contender, InProcess):
+            sides = sorted({kind.side for kind in workload.classes})
+            note = ", ".join(f"cap of {contender.cap(side)} rows at {side} px" for side in sides)
         run = await self._drive(contender, Load.saturating(requests), f"{workload.title}: saturated")
         pictures = {o.request.seed: o.picture for o in run.outcomes if o.request.seed is not None}
         reference = self._pictures.setdefault(workload.name, pictures)  # B0 comes first
@@ -101,6 +106,7 @@ class Experiment:
             pictures_per_s=run.pictures_per_s,
             rows_per_forward=run.rows_per_forward,
             difference=max(difference(pictures[seed], reference[seed]) for seed in pictures),
+            note=note,
         )
 
     async def _capacity(self, contender: Contender, workload: Workload, throughput: float) -> Capacity | None:

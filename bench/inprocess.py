@@ -57,6 +57,10 @@ class InProcess:
         self._rows += ROWS * request.steps
         return picture
 
+    def cap(self, side: int) -> int:
+        """The most rows that a forward of pictures of this side is given."""
+        return self._engine.batcher.cap((4, side // 8, side // 8))
+
     async def work(self) -> Work:
         """Right between runs: the engine counts its forwards, the rows follow from the pictures it finished."""
         return Work(forwards=self._engine.load().forwards, rows=self._rows)

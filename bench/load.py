@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,8 @@ async def drive(contender: Contender, load: Load, done: Done = lambda: None) -> 
     """Sends the load and waits for every request that was sent. An error of the contender ends the run."""
     before = await contender.work()
     outcomes: list[Outcome] = []
-    start = time.perf_counter()
+    clock = asyncio.get_running_loop().time
+    start = clock()
 
     async def one(i: int) -> None:
         picture = await contender.generate(load.requests[i])
@@ -97,7 +97,7 @@ async def drive(contender: Contender, load: Load, done: Done = lambda: None) -> 
             Outcome(
                 request=load.requests[i],
                 arrival_s=load.arrivals_s[i],
-                finished_s=time.perf_counter() - start,
+                finished_s=clock() - start,
                 limit_s=load.limits_s[i],
                 picture=picture,
             )
@@ -106,8 +106,8 @@ async def drive(contender: Contender, load: Load, done: Done = lambda: None) -> 
 
     async with asyncio.TaskGroup() as tasks:
         for i, arrival_s in enumerate(load.arrivals_s):
-            await asyncio.sleep(max(start + arrival_s - time.perf_counter(), 0.0))
-            if load.give_up and _late(load, outcomes, time.perf_counter() - start) > load.late_allowed:
+            await asyncio.sleep(max(start + arrival_s - clock(), 0.0))
+            if load.give_up and _late(load, outcomes, clock() - start) > load.late_allowed:
                 break
             tasks.create_task(one(i))
     after = await contender.work()

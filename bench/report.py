@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import BASELINES, Measured, Results, WorkloadResults, ratio
+from bench.results import BASELINES, Capacity, Measured, Results, Saturated, WorkloadResults, ratio
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -121,16 +121,21 @@ def _facts(results: Results) -> list[str]:
         facts.append(f"B0 at the end over B0 at the beginning: {results.drift:.2f}.")
     legend = {m.contender: m.title for w in results.workloads for m in w.measured}
     facts.append(", ".join(f"{name}: {title}" for name, title in legend.items()) + ".")
-    notes = [
-        f"{m.contender} under {w.title}: {m.capacity.note}"
-        for w in results.workloads
-        for m in w.measured
-        if m.capacity and m.capacity.note
-    ]
-    facts.append(f"Capacity of {'; '.join(notes)}." if notes else "")
+    facts += [f"{note}." for workload in results.workloads for note in _notes(workload)]
     if results.machine.busy or not _steady(results):
         facts.append("The machine was busy with something else: these figures are not worth keeping.")
-    return [fact for fact in facts if fact]
+    return facts
+
+
+def _notes(workload: WorkloadResults) -> list[str]:
+    """The settings that were measured and how a capacity was found, where there is something to tell."""
+    parts = [(m.contender, what, part.note) for m in workload.measured for what, part in _parts(m) if part.note]
+    return [f"{contender} under {workload.title}, {what}: {note}" for contender, what, note in parts]
+
+
+def _parts(measured: Measured) -> list[tuple[str, Saturated | Capacity]]:
+    parts = [("saturated", measured.saturated), ("capacity", measured.capacity)]
+    return [(what, part) for what, part in parts if part is not None]
 
 
 def _steady(results: Results) -> bool:

@@ -15,6 +15,7 @@ class Saturated:
     pictures_per_s: float
     rows_per_forward: float | None
     difference: int | None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,10 +169,7 @@ class Turns:
             max_pixels=4 * self._side**2,
         )
         engine = Engine(family, card, max_waiting=MAX_WAITING)
-        if cap is None:
-            engine.warm_up()
-        else:
-            engine.batcher.set_cap((4, self._side // 8, self._side // 8), cap)
+        engine.warm_up(cap)
         return engine
 
 
