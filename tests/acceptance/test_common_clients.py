@@ -14,7 +14,7 @@ from tests.acceptance.conftest import Server, look_at
 from tests.acceptance.test_documents import node
 
 # The published Python client waits 60 s, which two cores that others use as well cannot promise.
-TIMEOUT_S = 280
+TIMEOUT_S = 600
 
 CURL = """
 curl -sS -X POST \\
@@ -91,6 +91,7 @@ if (data.images?.[0]?.base64) {
 """
 
 
+@pytest.mark.timeout(TIMEOUT_S + 60)
 @pytest.mark.parametrize(
     ("language", "pictures"),
     [
