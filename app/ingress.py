@@ -56,9 +56,13 @@ class Readiness:
     def __init__(self, service: Service):
         self._service = service
         self._warming: asyncio.Task[None] | None = None
+        self._model = ""
 
     def warm_up(self) -> None:
-        """Draws a picture in the background; a picture that is being drawn for an older configuration is dropped."""
+        """Draws a picture in the background, once for each default model; one for an earlier default is dropped."""
+        if self._model == self._service.default_model:
+            return
+        self._model = self._service.default_model
         if self._warming is not None:
             self._warming.cancel()
         # A task copies the context of its request, and Serve would cancel it with that request: hence a clean one.

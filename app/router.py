@@ -4,6 +4,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 """
 
 import asyncio
+import contextvars
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,7 +25,8 @@ from models.request import DEADLINE_S, EffectiveRequest
 ATTEMPTS = 2
 DEADLINE_GRACE_S = 1.0  # the engine notices a deadline first and says so better; this is for requests it never saw
 STATUS_AGE_S = 1.0
-STATUS_TIMEOUT_S = 5.0
+STATUS_PATIENCE_S = 0.5
+STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
 
 
@@ -107,29 +109,32 @@ class Router:
 
 
 class _States:
-    """What Serve says of each model, asked at most once a second: its controller is one busy process."""
+    """What Serve says of each model, asked at most once a second: its controller is one busy process.
+
+    Nobody waits long for the answer: a controller that is being replaced is silent, and replicas work without it.
+    """
 
     def __init__(self):
         self._known: dict[str, ModelState] = {}
         self._asked_at = -STATUS_AGE_S
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def of(self, model: str) -> ModelState:
-        async with self._asking:
-            if time.monotonic() - self._asked_at >= STATUS_AGE_S:
-                await self._ask()
+        if self._asking is None and time.monotonic() - self._asked_at >= STATUS_AGE_S:
+            # A clean context: the answer is for everybody, so it must not be cancelled with one request.
+            self._asking = asyncio.get_running_loop().create_task(self._ask(), context=contextvars.Context())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=STATUS_PATIENCE_S if self._known else STATUS_TIMEOUT_S)
         return self._known.get(MODEL_APPLICATION.format(name=model), "missing")
 
     async def _ask(self) -> None:
-        """A controller that does not answer (it is being replaced) leaves what was known: replicas work without it."""
         try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                status = await asyncio.get_running_loop().run_in_executor(None, serve.status)
-        except (TimeoutError, RayError, RayServeException):
-            return
+            status = await asyncio.get_running_loop().run_in_executor(None, serve.status)
+            self._known = {name: _state(overview) for name, overview in status.applications.items()}
+        except (RayError, RayServeException):
+            pass  # what was known stays known
         finally:
-            self._asked_at = time.monotonic()
-        self._known = {name: _state(overview) for name, overview in status.applications.items()}
+            self._asking, self._asked_at = None, time.monotonic()
 
 
 def _state(overview: Any) -> ModelState:
