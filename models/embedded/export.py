@@ -48,6 +48,8 @@ def export(
         for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False):
             write_slow_tokenizer_files(tokenizer, written / name)
         forget_where_it_was_made(written)
+        for path in written.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors leaves them to the owner alone
         if folder.exists():
             folder.rename(Path(temporary) / "replaced")
         shutil.move(written, folder)

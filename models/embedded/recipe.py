@@ -21,7 +21,7 @@ PLANS = {
     "text_sd21": Plan(name="text_sd21", steps=200, learning_rate=5e-4),
     "text_sdxl": Plan(name="text_sdxl", steps=300, learning_rate=7e-4),
     "unet_sd15": Plan(name="unet_sd15", steps=2400, learning_rate=1.5e-3, muon=True),
-    "unet_sd21": Plan(name="unet_sd21", steps=600, learning_rate=1e-3, muon=True),
+    "unet_sd21": Plan(name="unet_sd21", steps=1300, learning_rate=1e-3, muon=True),
     "unet_sdxl": Plan(name="unet_sdxl", steps=3000, learning_rate=1.5e-3, muon=True),
 }
 BATCHES = {"autoencoder": 8, "text": 64, "unet": 32}

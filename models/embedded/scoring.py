@@ -35,7 +35,10 @@ class Reading:
 
 
 def read(picture: Image.Image) -> Reading:
-    """The background's colour is the border's median; objects are what stands out from it, piece by piece."""
+    """The background's colour is the border's median; objects are pieces of one colour that stand out from it.
+
+    A pixel belongs to the colour it is nearest to, so a faint smear between two objects does not join them.
+    """
     pixels = np.asarray(picture.convert("RGB")).astype(float)
     side = len(pixels)
     edge = side // 20
@@ -43,10 +46,17 @@ def read(picture: Image.Image) -> Reading:
     rim[edge:-edge, edge:-edge] = False
     ground = np.median(pixels[rim], 0)
     stands_out = np.linalg.norm(lab(pixels) - lab(ground), axis=-1) > OBJECT_CONTRAST
-    pieces, count = ndimage.label(ndimage.binary_opening(stands_out))
-    masks = [pieces == i for i in range(1, count + 1)]
-    found = [describe(pixels, mask) for mask in masks if mask.mean() > SMALLEST_OBJECT]
+    distances = np.linalg.norm(lab(pixels)[..., None, :] - lab(np.array(list(COLOURS.values()))), axis=-1)
+    nearest = np.where(stands_out, distances.argmin(-1), -1)
+    masks = [mask for number in range(len(COLOURS)) for mask in pieces(nearest == number)]
+    found = [describe(pixels, mask) for mask in masks]
     return Reading(background=nearest_colour(ground), objects=tuple(sorted(found, key=lambda one: -one.area)))
+
+
+def pieces(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected pieces of a mask, but for blurred rims and specks."""
+    numbers, count = ndimage.label(ndimage.binary_opening(mask))
+    return [piece for piece in (numbers == i for i in range(1, count + 1)) if piece.mean() > SMALLEST_OBJECT]
 
 
 def describe(pixels: np.ndarray, mask: np.ndarray) -> Found:
