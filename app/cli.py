@@ -13,7 +13,12 @@ from rich.console import Console
 
 from models.errors import HeliographError, InvalidRequest
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Stable Diffusion served on Ray Serve.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Stable Diffusion served on Ray Serve.",
+)
 models_app = typer.Typer(no_args_is_help=True, help="What the models are and what each can do.")
 app.add_typer(models_app, name="models")
 console = Console(stderr=True)

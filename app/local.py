@@ -100,6 +100,7 @@ def _reachable(host: str) -> str:
 
 def _deploy(deployment: Deployment, raw: dict[str, Any]) -> None:
     from pydantic import ValidationError
+    from ray.exceptions import RayError
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
@@ -108,13 +109,16 @@ def _deploy(deployment: Deployment, raw: dict[str, Any]) -> None:
         schema = ServeDeploySchema.model_validate(raw | {"http_options": deployment.http_options.model_dump()})
     except ValidationError as wrong:
         raise InvalidRequest("config", f"Serve does not accept the configuration: {wrong}") from wrong
-    client = serve_start(
-        http_options=schema.http_options.model_dump(),
-        proxy_location=schema.proxy_location,
-        controller_options=schema.controller_options,
-        global_logging_config=schema.logging_config,
-    )
-    client.deploy_apps(schema, _blocking=False)
+    try:
+        client = serve_start(
+            http_options=schema.http_options.model_dump(),
+            proxy_location=schema.proxy_location,
+            controller_options=schema.controller_options,
+            global_logging_config=schema.logging_config,
+        )
+        client.deploy_apps(schema, _blocking=False)
+    except (RayError, TimeoutError) as fault:
+        raise DidNotStart(f"Serve did not start: {str(fault).splitlines()[0]}") from fault
 
 
 def refuse_unknown_options(deployment: Deployment) -> None:

@@ -22,7 +22,9 @@ MODEL_DEPLOYMENT = "Model"
 RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # Ray gives up after a minute, which a crowded machine may need
+    # Ray gives up on a dashboard after a minute and kills a proxy after three times 5 s; a crowded machine is slower.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
