@@ -66,11 +66,13 @@ def main(
 
         command = " ".join(["python -m bench", *sys.argv[1:]])
         experiment = Experiment(plan, command, say)
-        results = asyncio.run(experiment.run())
-    report.show(results, console)
-    report.write(results, out)
+        try:
+            asyncio.run(experiment.run())
+        finally:  # what was measured before a contender failed is worth keeping
+            report.write(experiment.results, out)
+    report.show(experiment.results, console)
     if publish:
-        report.publish(results)
+        report.publish(experiment.results)
 
 
 if __name__ == "__main__":

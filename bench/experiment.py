@@ -79,6 +79,8 @@ class Experiment:
             await self._warm_up(contender, workload)
             measured.saturated = await self._saturate(contender, workload)
             measured.capacity = await self._capacity(contender, workload, measured.saturated.pictures_per_s)
+            if workload is not self._plan.compared:
+                continue
             common = COMMON_SHARE * (results.throughput("B0") or 0.0)
             run = await self._open_loop(contender, workload, common, "common rate", give_up=False)
             measured.common = _open_loop(common, run)
