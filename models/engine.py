@@ -30,6 +30,7 @@ _PREVIEW_SIDE = 256  # pixels that a preview has at most
 _FAULTS = 3  # unexpected failures in a row that make an engine unhealthy
 _STALL_S = 120.0  # busy without a step for so long means stuck
 _ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tried when the cap is measured
+_ALWAYS_TRIED = 16  # rows: on a busy machine one slow forward would pass for the end of what pays
 _log = logging.getLogger(__name__)
 
 
@@ -319,7 +320,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 self._spare_memory([])
                 break
-            if rows > 2 * knee(seconds):  # one size further than the knee, lest a hiccup pass for it
+            if rows >= _ALWAYS_TRIED and rows > knee(seconds):
                 break
         return seconds
 
