@@ -2,13 +2,15 @@
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "ray")
-BUSY_LOAD = 0.5  # runnable processes before the run starts, above which other work disturbs it
+BUSY_LOAD = 0.5  # cores in use before the run starts, above which other work disturbs it
+LOOK_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Machine:
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             threads=threads,
-            load_before=round(os.getloadavg()[0], 2),
+            load_before=round(_cores_in_use(), 2),
             system=platform.platform(terse=True),
             python=platform.python_version(),
             packages={name: version(name) for name in PACKAGES},
@@ -48,7 +50,8 @@ class Machine:
         versions = ", ".join(f"{name} {number}" for name, number in self.packages.items())
         return (
             f"{self.processor}, {self.cores} cores, {self.memory_gib} GiB, {self.threads} torch threads, "
-            f"{self.system}, Python {self.python}, {versions}; {self.date}; load before the run {self.load_before}"
+            f"{self.system}, Python {self.python}, {versions}; {self.date}; "
+            f"cores in use before the run {self.load_before}"
         )
 
 
@@ -58,3 +61,20 @@ def _processor() -> str:
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores_in_use() -> float:
+    """Cores that are busy now. The system's load average would still tell of what ended minutes ago."""
+    if not Path("/proc/stat").exists():
+        return os.getloadavg()[0]
+    before = _core_times()
+    time.sleep(LOOK_S)
+    after = _core_times()
+    idle, total = (after[i] - before[i] for i in (0, 1))
+    return (1 - idle / total) * (os.cpu_count() or 1)
+
+
+def _core_times() -> tuple[int, int]:
+    """(idle, all) ticks of all cores since the start (proc_stat(5))."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
