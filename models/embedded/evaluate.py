@@ -56,7 +56,7 @@ def held_out_scenes(kind: str, n: int) -> list[Scene]:
 
 def pipeline(folder: Path) -> DiffusionPipeline:
     """The model in diffusers' own pipeline, in float32, with DPM-Solver++ (2M)."""
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -82,7 +82,7 @@ def shares(pictures: Iterable[Image.Image], scenes: list[Scene]) -> Shares:
     for picture, scene in zip(pictures, scenes, strict=True):
         for name, right in score(picture, scene).items():
             tally[name].append(right)
-    return {name: (sum(rights), len(rights)) for name, rights in tally.items()}
+    return {name: (int(sum(rights)), len(rights)) for name, rights in tally.items()}
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def main(
         print(f"{name}\n{table(results)}", flush=True)
         (out / f"{name}.md").write_text(table(results) + "\n")
         (out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-        contact_sheet(rows).save(out / f"{name}.png", optimize=True)
+        contact_sheet(rows).save(out / f"{name}.jpg", quality=88)
 
 
 if __name__ == "__main__":
