@@ -51,7 +51,7 @@ class SD:
         output = self._text_encoder(ids.to(self.device), output_hidden_states=True)
         hidden = output.last_hidden_state
         if clip_skip:
-            hidden = self._text_encoder.text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+            hidden = self._text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
         return [Embedding(context=c, truncated=t) for c, t in zip(hidden.to(self._dtype), truncated, strict=True)]
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:

@@ -1,6 +1,5 @@
 """Overload and death: refusals say when to come back, a killed replica is replaced, nothing hangs."""
 
-import os
 import threading
 import time
 from contextlib import ExitStack
@@ -10,11 +9,6 @@ import httpx2
 from tests.acceptance.conftest import Server
 
 RECOVERY_S = 30.0
-
-
-def crowding() -> float:
-    """How many times slower a machine is that others use as well; 1 where this server is all that runs."""
-    return max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 def test_an_overfull_queue_says_when_to_come_back(server: Server):
@@ -54,7 +48,7 @@ def test_a_killed_replica_is_replaced_and_nothing_hangs(server: Server):
     recovered = time.monotonic() - killed
     for thread in asking:
         thread.join(timeout=120)
-    assert recovered < RECOVERY_S * crowding()
+    assert recovered < RECOVERY_S
     assert len(answers) == 4, "a request hangs"
     for answer in answers.values():
         assert answer.status_code == 200 or answer.json()["error"]["retryable"], answer.text

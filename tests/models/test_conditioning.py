@@ -76,3 +76,16 @@ def test_a_network_that_wants_more_inputs_is_refused():
     for unet in (inpainting, distilled):
         with pytest.raises(InvalidRequest, match="source"):
             check_network(unet, 4)
+
+
+def test_clip_skip_takes_an_earlier_layer_through_the_final_norm():
+    """What diffusers' pipeline means to do; with this transformers its own attribute access fails."""
+    encoder, tokenizer = pipeline("sd15").text_encoder, pipeline("sd15").tokenizer
+    ids = tokenizer("a red circle", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        layers = encoder(ids, output_hidden_states=True).hidden_states
+        expected = encoder.final_layer_norm(layers[-2])[0]
+    [skipped] = loaded_family("sd15").embed(["a red circle"], 1)
+    [plain] = loaded_family("sd15").embed(["a red circle"], 0)
+    assert torch.allclose(skipped.context, expected, atol=1e-5)
+    assert not torch.allclose(skipped.context, plain.context, atol=1e-2)

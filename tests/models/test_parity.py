@@ -49,7 +49,7 @@ def cases(model: str) -> list[Case]:
                 seed=number,
                 guidance_scale=1.0 if sampler == "lcm" else 4.0 + number / 4,
                 guidance_rescale=0.5 if sampler == "ddpm" and image is None else 0.0,
-                clip_skip=1 if sampler == "euler" else 0,
+                clip_skip=1 if sampler == "euler" and model == "sdxl" else 0,  # diffusers' own SD pipelines fail at it
                 image=image,
                 denoise_strength=None if image is None else 0.7,
             )
@@ -118,7 +118,7 @@ def test_denoise_strength_zero_gives_the_picture_back_through_the_autoencoder():
     request = GenerationRequest(model="sd15", prompt="anything", image=sketch(), denoise_strength=0.0, seed=1)
     [[finished]] = new_engine("sd15").generate([request])
     vae = pipeline("sd15").vae
-    pixels = torch.from_numpy(sketch().array()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+    pixels = torch.from_numpy(sketch().array().copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
         back = (vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
