@@ -10,9 +10,9 @@ from models.images import ImageFormat
 class Progress:
     """A picture took part in a step.
 
-    `step` of `steps` forwards are done; step 0 says that the picture has joined. `forward` numbers the engine's
-    forwards since it started and `rows` says how many rows shared the one just done, so a reader can see who joined
-    and left when. `preview` is a small JPEG of the present estimate, where one was asked for.
+    `step` of `steps` forwards are done. `forward` numbers the engine's forwards since it started and `rows` says how
+    many rows shared the one just done, so a reader can see who joined and left when. `preview` is a small JPEG of the
+    present estimate, where one was asked for.
     """
 
     index: int
