@@ -20,7 +20,8 @@ from app.events import Admitted, ModelState, ReplicaEvent
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished
-from models.request import DEADLINE_S, EffectiveRequest
+from models.limits import DEADLINE_S
+from models.request import EffectiveRequest
 
 ATTEMPTS = 2
 DEADLINE_GRACE_S = 1.0  # the engine notices a deadline first and says so better; this is for requests it never saw

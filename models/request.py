@@ -1,70 +1,54 @@
-"""GenerationRequest: what to make, in canonical form. Ranges stand here and nowhere else. No torch.
+"""GenerationRequest: what to make, in canonical form. No torch.
 
 A dialect builds a GenerationRequest in which None means "the model's default"; `resolve` decides everything once and
 gives an EffectiveRequest, which is what engines run, answers report and receipts keep.
 """
 
-import math
 import secrets
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from models import limits
 from models.card import ModelCard
 from models.errors import InvalidRequest, NotFound
 from models.images import FORMATS, ImageFormat, Picture
+from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
 from models.samplers import check_pair, find_sampler, find_schedule
 
 Priority = Literal["interactive", "batch"]
-PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+PromptSyntax = Literal["weighted", "plain"]
+PROMPT_SYNTAXES: tuple[PromptSyntax, ...] = get_args(PromptSyntax)
+MaskFill = Literal["original", "fill", "noise", "nothing"]
+MASK_FILLS: tuple[MaskFill, ...] = get_args(MaskFill)
+MaskRegion = Literal["whole", "masked"]
+MASK_REGIONS: tuple[MaskRegion, ...] = get_args(MaskRegion)
+Metadata = Literal["full", "minimal", "none"]
+METADATA: tuple[Metadata, ...] = get_args(Metadata)
+Task = Literal["txt2img", "img2img", "inpaint"]
 
-
-@dataclass(frozen=True)
-class Range:
-    """A closed range of allowed numbers."""
-
-    low: float
-    high: float
-
-    def check(self, field: str, value: float) -> None:
-        """Raises InvalidRequest naming the field and the range; NaN and infinities are never inside."""
-        if not (math.isfinite(value) and self.low <= value <= self.high):
-            raise InvalidRequest(field, f"must be between {self.low} and {self.high}, not {value}")
-
-
-SIDE_MULTIPLE = 8
-SIDE = Range(64, 8192)
-STEPS = Range(1, 150)
-GUIDANCE_SCALE = Range(0.0, 50.0)
-GUIDANCE_RESCALE = Range(0.0, 1.0)
-SEED = Range(0, 2**53 - 1)  # what every JSON client can hold exactly
-SAMPLES = Range(1, 16)
-CLIP_SKIP = Range(0, 4)
-DENOISE_STRENGTH = Range(0.0, 1.0)
-DEADLINE_S = Range(0.1, 86400.0)
-PREVIEW_EVERY = Range(0, 150)
-PROMPT_CHARACTERS = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterUse:
-    """An adapter by its registered name, and how strongly it is put on."""
-
-    name: str
-    weight: float = 1.0
+_STRENGTH: dict[Task, float] = {"txt2img": 1.0, "img2img": 0.75, "inpaint": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to make. None means: what the model does by default (for `seed`: a fresh random one).
+    """What to make. None means: what the model does by default (for seeds: a fresh random one).
 
-    Picture i of seed s is picture 0 of seed s + i. `denoise_strength` 1 ignores the input picture, 0 returns it through
-    the autoencoder. `clip_skip` counts text-encoder layers left out from the end. `deadline_s` is how long the caller
-    waits, counted from submission. `preview_every` asks for a preview in every n-th progress event, 0 for none.
+    Picture i of seed s is picture 0 of seed s + i; with a `variation_strength` above 0 the seed stays and
+    `variation_seed` counts on instead. `prompt_syntax` "weighted" reads `(x:1.2)`, `BREAK`, `[a:b:0.5]` and the like,
+    "plain" takes every character for what it is. `clip_skip` counts text-encoder layers left out from the end.
+
+    `denoise_strength` 1 ignores the input picture, 0 returns it through the autoencoder. White in `mask` is drawn anew;
+    blur, grow and padding are in pixels; region "masked" draws the masked part alone, at the size asked for, and puts
+    it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `stop_at_step` ends the
+    work early, with the estimate that step has come to. `deadline_s` is how long the caller waits, counted from
+    submission. `preview_every` asks for a preview in every n-th progress event, 0 for none.
     """
 
     model: str
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: PromptSyntax = "weighted"
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -72,33 +56,55 @@ class GenerationRequest:
     guidance_rescale: float = 0.0
     seed: int | None = None
     samples: int = 1
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     sampler: str | None = None
     schedule: str | None = None
     clip_skip: int = 0
     image: Picture | None = None
     denoise_strength: float | None = None
     mask: Picture | None = None
+    mask_blur: int = 4
+    mask_grow: int = 0
+    mask_fill: MaskFill = "original"
+    mask_region: MaskRegion = "whole"
+    mask_padding: int = 32
+    paste_back: bool = True
+    outpaint: Outpaint | None = None
+    hires: Hires | None = None
+    stop_at_step: int | None = None
+    controls: tuple[ControlUse, ...] = ()
     adapters: tuple[AdapterUse, ...] = ()
+    upscale: Upscale | None = None
     output_format: ImageFormat = "png"
+    metadata: Metadata = "none"
     priority: Priority = "interactive"
     deadline_s: float | None = None
     preview_every: int = 0
+
+    @property
+    def task(self) -> Task:
+        if self.mask is not None or self.outpaint is not None:
+            return "inpaint"
+        return "txt2img" if self.image is None else "img2img"
 
     def resolve(self, card: ModelCard) -> "EffectiveRequest":
         """Decides every open parameter by the model's card and checks every range.
 
         Raises InvalidRequest (naming the field and what is allowed) and NotFound (another model's card).
         """
-        if self.model != card.name:
-            raise NotFound(f"there is no model {self.model!r} here; this is {card.name!r}")
+        _check_model(self.model, card)
         sampler, schedule = self._sampling(card)
         width, height = self._size(card)
         values = {f.name: getattr(self, f.name) for f in fields(GenerationRequest)}
         values |= {"sampler": sampler, "schedule": schedule, "width": width, "height": height}
-        values["steps"] = card.steps if self.steps is None else self.steps
+        values["steps"] = steps = card.steps if self.steps is None else self.steps
         values["guidance_scale"] = card.guidance_scale if self.guidance_scale is None else self.guidance_scale
         values["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
+        values["variation_seed"] = self._variation_seed()
         values["denoise_strength"] = self._strength()
+        if self.hires is not None and self.hires.steps is None:
+            values["hires"] = replace(self.hires, steps=steps)
         effective = EffectiveRequest(**values)
         effective.check(card)
         return effective
@@ -114,18 +120,33 @@ class GenerationRequest:
         return sampler, schedule
 
     def _size(self, card: ModelCard) -> tuple[int, int]:
-        """The input picture's size, cut down to the next multiple, stands in for a size that was not given."""
-        if self.image is not None and self.width is None and self.height is None:
+        """What is drawn: the input picture's size, cut down to the next multiple, stands in for one not given.
+
+        An outpainted picture has the size it grows to, a masked region drawn alone the model's own.
+        """
+        if self.image is not None and self.outpaint is not None:
+            return self._grown(self.image, self.outpaint)
+        if self.image is not None and self.width is None and self.height is None and self.mask_region == "whole":
             width, height = self.image.width, self.image.height
-            return width - width % SIDE_MULTIPLE, height - height % SIDE_MULTIPLE
+            return width - width % limits.SIDE_MULTIPLE, height - height % limits.SIDE_MULTIPLE
         return card.width if self.width is None else self.width, card.height if self.height is None else self.height
 
+    def _grown(self, image: Picture, outpaint: Outpaint) -> tuple[int, int]:
+        grown = (image.width + outpaint.left + outpaint.right, image.height + outpaint.top + outpaint.bottom)
+        for field, asked, side in zip(("width", "height"), (self.width, self.height), grown, strict=True):
+            if asked not in (None, side):
+                raise InvalidRequest(field, f"must be left out or {side}, to which the outpainted picture grows")
+        return grown
+
+    def _variation_seed(self) -> int | None:
+        if not self.variation_strength or self.variation_seed is not None:
+            return self.variation_seed
+        return secrets.randbelow(2**32)
+
     def _strength(self) -> float:
-        if self.image is None:
-            if self.denoise_strength is not None:
-                raise InvalidRequest("denoise_strength", "needs an input picture in `image`")
-            return 1.0
-        return 0.75 if self.denoise_strength is None else self.denoise_strength
+        if self.image is None and self.denoise_strength is not None:
+            raise InvalidRequest("denoise_strength", "needs an input picture in `image`")
+        return _STRENGTH[self.task] if self.denoise_strength is None else self.denoise_strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,71 +168,104 @@ class EffectiveRequest(GenerationRequest):
         return self.guidance_scale > 1.0
 
     @property
-    def task(self) -> str:
-        return "txt2img" if self.image is None else "img2img"
+    def largest(self) -> tuple[int, int]:
+        """(width, height) of the largest picture that is denoised on the way."""
+        if self.hires is None:
+            return self.width, self.height
+        return self.hires.enlarged(self.width), self.hires.enlarged(self.height)
 
     def sample(self, index: int) -> "EffectiveRequest":
         """The request for picture `index` alone."""
+        if self.variation_strength and self.variation_seed is not None:
+            return replace(self, variation_seed=self.variation_seed + index, samples=1)
         return replace(self, seed=self.seed + index, samples=1)
 
     def resolve(self, card: ModelCard) -> "EffectiveRequest":
         """Itself, checked again: an engine takes requests that somebody else has resolved."""
-        if self.model != card.name:
-            raise NotFound(f"there is no model {self.model!r} here; this is {card.name!r}")
+        _check_model(self.model, card)
         self.check(card)
         return self
 
     def check(self, card: ModelCard) -> None:
-        """Raises InvalidRequest for the first field out of range."""
-        _check_prompt("prompt", self.prompt)
-        if not self.prompt.strip():
-            raise InvalidRequest("prompt", "must not be empty")
-        _check_prompt("negative_prompt", self.negative_prompt)
+        """Raises InvalidRequest for the first field that is out of range or does not go with another."""
+        limits.check_text("prompt", self.prompt)
+        if not self.prompt.strip() and self.image is None:
+            raise InvalidRequest("prompt", "must not be empty without an input picture")
+        limits.check_text("negative_prompt", self.negative_prompt)
+        self._check_choices()
         self._check_ranges()
+        self._check_input(card)
+        self._check_parts()
         self._check_size(card)
-        _check_choice("output_format", self.output_format, FORMATS)
-        _check_choice("priority", self.priority, PRIORITIES)
-        if self.task not in card.tasks:
-            raise InvalidRequest("image", f"{card.name} does {', '.join(card.tasks)}, not {self.task}")
-        if self.mask is not None:
-            raise InvalidRequest("mask", f"{card.name} does not inpaint")
-        if self.adapters:
-            raise InvalidRequest("adapters", f"{card.name} takes no adapters")
+
+    def _check_choices(self) -> None:
+        limits.check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
+        limits.check_choice("mask_fill", self.mask_fill, MASK_FILLS)
+        limits.check_choice("mask_region", self.mask_region, MASK_REGIONS)
+        limits.check_choice("output_format", self.output_format, FORMATS)
+        limits.check_choice("metadata", self.metadata, METADATA)
+        limits.check_choice("priority", self.priority, PRIORITIES)
 
     def _check_ranges(self) -> None:
-        STEPS.check("steps", self.steps)
-        GUIDANCE_SCALE.check("guidance_scale", self.guidance_scale)
-        GUIDANCE_RESCALE.check("guidance_rescale", self.guidance_rescale)
-        SEED.check("seed", self.seed)
-        SAMPLES.check("samples", self.samples)
-        CLIP_SKIP.check("clip_skip", self.clip_skip)
-        DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
-        PREVIEW_EVERY.check("preview_every", self.preview_every)
+        limits.STEPS.check("steps", self.steps)
+        limits.GUIDANCE_SCALE.check("guidance_scale", self.guidance_scale)
+        limits.GUIDANCE_RESCALE.check("guidance_rescale", self.guidance_rescale)
+        limits.SEED.check("seed", self.seed)
+        limits.SAMPLES.check("samples", self.samples)
+        limits.VARIATION_STRENGTH.check("variation_strength", self.variation_strength)
+        limits.CLIP_SKIP.check("clip_skip", self.clip_skip)
+        limits.DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
+        limits.MASK_BLUR.check("mask_blur", self.mask_blur)
+        limits.MASK_GROW.check("mask_grow", self.mask_grow)
+        limits.MASK_PADDING.check("mask_padding", self.mask_padding)
+        limits.PREVIEW_EVERY.check("preview_every", self.preview_every)
+        if self.variation_seed is not None:
+            limits.SEED.check("variation_seed", self.variation_seed)
+        if self.stop_at_step is not None:
+            limits.STOP_AT_STEP.check("stop_at_step", self.stop_at_step)
         if self.deadline_s is not None:
-            DEADLINE_S.check("deadline_s", self.deadline_s)
+            limits.DEADLINE_S.check("deadline_s", self.deadline_s)
+
+    def _check_input(self, card: ModelCard) -> None:
+        """The input picture and what needs one."""
+        for field in ("mask", "outpaint"):
+            if getattr(self, field) is not None and self.image is None:
+                raise InvalidRequest(field, "needs an input picture in `image`")
+        if self.mask is not None and self.outpaint is not None:
+            raise InvalidRequest("mask", "does not go with `outpaint`, which makes its own mask")
+        if self.mask is None and self.mask_region == "masked":
+            raise InvalidRequest("mask_region", "`masked` needs a mask")
+        if self.task not in card.tasks:
+            field = {"txt2img": "image", "img2img": "image", "inpaint": "mask"}[self.task]
+            raise InvalidRequest(field, f"{card.name} does {', '.join(card.tasks)}, not {self.task}")
+
+    def _check_parts(self) -> None:
+        limits.CONTROLS.check("controls", len(self.controls))
+        limits.ADAPTERS.check("adapters", len(self.adapters))
+        parts = {"outpaint": self.outpaint, "hires": self.hires, "upscale": self.upscale}
+        for field, part in parts.items():
+            if part is not None:
+                part.check(field)
+        for field, uses in (("controls", self.controls), ("adapters", self.adapters)):
+            for i, use in enumerate(uses):
+                use.check(f"{field}.{i}")
+        names = [use.name for use in self.adapters]
+        if len(set(names)) < len(names):
+            raise InvalidRequest("adapters", f"the same name stands there twice: {', '.join(names)}")
+        if self.hires is not None and self.task == "inpaint":
+            raise InvalidRequest("hires", "does not go with a mask; draw the masked region larger instead")
 
     def _check_size(self, card: ModelCard) -> None:
-        for field, side in (("width", self.width), ("height", self.height)):
-            SIDE.check(field, side)
-            if side % SIDE_MULTIPLE:
-                below = side - side % SIDE_MULTIPLE
-                raise InvalidRequest(
-                    field,
-                    f"must be a multiple of {SIDE_MULTIPLE}, not {side}; {below} or {below + SIDE_MULTIPLE} would do",
-                )
-        if self.width * self.height > card.max_pixels:
+        limits.check_side("width", self.width)
+        limits.check_side("height", self.height)
+        width, height = self.largest
+        if width * height > card.max_pixels:
+            field = "width" if self.hires is None else "hires.scale"
             raise InvalidRequest(
-                "width", f"{self.width}x{self.height} is beyond the {card.max_pixels} pixels that {card.name} allows"
+                field, f"{width}x{height} is beyond the {card.max_pixels} pixels that {card.name} allows"
             )
 
 
-def _check_prompt(field: str, text: str) -> None:
-    if len(text) > PROMPT_CHARACTERS:
-        raise InvalidRequest(field, f"must have at most {PROMPT_CHARACTERS} characters, not {len(text)}")
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise InvalidRequest(field, "must not contain NUL or lone surrogate characters")
-
-
-def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidRequest(field, f"must be one of {', '.join(allowed)}, not {value!r}")
+def _check_model(model: str, card: ModelCard) -> None:
+    if model != card.name:
+        raise NotFound(f"there is no model {model!r} here; this is {card.name!r}")

@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import wire
 from app.errors import envelope
 from app.service import Accepted, GenerationResult, ModelDescription, Service, StreamEvent
-from models import request as limits
+from models import limits
 from models.errors import HeliographError, InvalidRequest
 from models.events import Finished, Progress, Timings
 from models.images import FORMATS, MEDIA_TYPES, ImageFormat, Picture
-from models.request import EffectiveRequest, GenerationRequest, Priority, Range
+from models.limits import Range
+from models.request import EffectiveRequest, GenerationRequest, Priority
 from models.samplers import SAMPLERS
 
 JSON = "application/json"
