@@ -24,10 +24,20 @@ class Autoencoder:
         self._preview_map = self._fit_preview()
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Picture], generators: Sequence[torch.Generator]) -> list[torch.Tensor]:
-        """Scaled latents (c, h, w) of pictures of one size, each sampled from its posterior by its own generator."""
-        pixels = torch.from_numpy(np.stack([p.array() for p in pictures])).permute(0, 3, 1, 2)
-        posterior = self._vae.encode((pixels.float() / 255 * 2 - 1).to(self._device, self._vae.dtype)).latent_dist
+    def encode(
+        self,
+        pictures: Sequence[Picture],
+        generators: Sequence[torch.Generator],
+        masks: Sequence[np.ndarray] | None = None,
+    ) -> list[torch.Tensor]:
+        """Scaled latents (c, h, w) of pictures of one size, each sampled from its posterior by its own generator.
+
+        What is white in `masks` (uint8 (H, W) each) is hidden behind mid grey, as inpainting networks expect it.
+        """
+        pixels = torch.from_numpy(np.stack([p.array() for p in pictures])).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        if masks is not None:
+            pixels = pixels * torch.from_numpy(np.stack(masks) < 128)[:, None]
+        posterior = self._vae.encode(pixels.to(self._device, self._vae.dtype)).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(self._device)
         return list(((mean + std * noise) - self._mean) * self._scale)

@@ -8,7 +8,8 @@ from typing import Any
 from models.errors import InvalidRequest
 from models.samplers import check_pair, find_sampler, find_schedule
 
-TASKS = ("txt2img", "img2img")
+TASKS = ("txt2img", "img2img", "inpaint")
+INPAINTING_CHANNELS = 9  # latents, mask and masked picture: a UNet that does nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class ModelCard:
         if "width" not in values:
             values["width"] = _native_side(Path(source))
         values.setdefault("height", values["width"])
+        if _input_channels(Path(source)) == INPAINTING_CHANNELS:
+            values.setdefault("tasks", ("inpaint",))
         values.setdefault("max_pixels", 4 * values["width"] * values["height"])
         if "sampler" in values:
             values["sampler"], schedule = find_sampler(values["sampler"])
@@ -46,6 +49,12 @@ class ModelCard:
         card = cls(name=name, family=family, **values)
         check_pair(card.sampler, card.schedule)
         return card
+
+
+def _input_channels(folder: Path) -> int | None:
+    """The channels that the UNet takes, None where the source is no local diffusers folder."""
+    config = folder / "unet" / "config.json"
+    return json.loads(config.read_text())["in_channels"] if config.is_file() else None
 
 
 def _native_side(folder: Path) -> int:

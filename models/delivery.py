@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,16 @@ from models.sequence import Sequence
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
 
-OnPacked = Callable[[Sequence, bytes | GenerationFailed], None]
+OnPacked = Callable[[Sequence, "Packed | GenerationFailed"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """An encoded picture."""
+
+    data: bytes
+    width: int
+    height: int
 
 
 class Delivery:
@@ -31,7 +41,8 @@ class Delivery:
         if not self.queue:
             return []
         first = self.queue[0]
-        room = max(1, self._pixels // (first.request.width * first.request.height))
+        pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
+        room = max(1, self._pixels // pixels)
         taken = [sequence for sequence in self.queue if sequence.shape == first.shape][:room]
         self.queue = [sequence for sequence in self.queue if sequence not in taken]
         return taken
@@ -48,18 +59,21 @@ class Delivery:
 
     def _pack(self, sequence: Sequence, picture: torch.Tensor) -> None:
         try:
-            self._on_packed(sequence, _encoded(sequence, picture))
+            self._on_packed(sequence, _packed(sequence, picture))
         except GenerationFailed as failed:
             self._on_packed(sequence, failed)
         except Exception as fault:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
 
 
-def _encoded(sequence: Sequence, picture: torch.Tensor) -> bytes:
+def _packed(sequence: Sequence, picture: torch.Tensor) -> Packed:
     """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
     if not torch.isfinite(picture).all():
         raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
     array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    return encode(array, sequence.request.output_format)
+    if sequence.canvas is not None and sequence.request.paste_back:
+        array = sequence.canvas.paste(array)
+    data = encode(array, sequence.request.output_format)
+    return Packed(data=data, width=array.shape[1], height=array.shape[0])

@@ -7,8 +7,8 @@ import torch
 
 from models.conditioning import stack
 from models.family import Conditioning, Family
-from models.sequence import Sequence
-from models.tapes import HISTORY, M, Z
+from models.sequence import Kept, Sequence
+from models.tapes import HISTORY, M, Tape, Z
 
 
 @dataclass
@@ -24,6 +24,8 @@ class _Batch:
     unguided: torch.Tensor  # (n,) its unconditional row; the conditional one again where it has none
     scale: torch.Tensor  # (n, 1, 1, 1) guidance
     rescale: torch.Tensor | None  # (n, 1, 1, 1) guidance rescale, where any sequence asks for it
+    inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
+    kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
 
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
@@ -48,6 +50,8 @@ class Denoiser:
         x = batch.history[:, 0]
         inputs = x * self._column([tape.input_scales[i] for tape, i in tapes])
         timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
+        if batch.inputs is not None:
+            inputs = torch.cat([inputs, batch.inputs], 1)
         outputs = self._family.predict(inputs[batch.owners], timesteps[batch.owners], batch.rows)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
@@ -56,9 +60,11 @@ class Denoiser:
         noise = self._noise(sequences)
         if noise is not None:
             after = after + coefficients[:, Z, None, None, None] * noise
+        if batch.kept is not None:
+            after = self._keep(batch.kept, after, tapes)
         estimates = self._to_device(torch.stack([tape.estimates[i] for tape, i in tapes]))
         clean = estimates[:, 0, None, None, None] * x + estimates[:, 1, None, None, None] * m
-        self._advance(batch, after)
+        self._advance(batch, after, clean)
         return clean
 
     def _assemble(self, sequences: list[Sequence]) -> _Batch:
@@ -71,6 +77,7 @@ class Denoiser:
             guided.append(len(owners) - 1)
         rescales = [s.request.guidance_rescale if s.request.guided else 0.0 for s in sequences]
         last = torch.tensor(guided)
+        inputs = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
         return _Batch(
             sequences=list(sequences),
             history=torch.stack([s.history for s in sequences if s.history is not None]),
@@ -81,7 +88,27 @@ class Denoiser:
             unguided=self._to_device(last - torch.tensor([s.rows - 1 for s in sequences])),
             scale=self._column([s.request.guidance_scale for s in sequences]),
             rescale=self._column(rescales) if any(rescales) else None,
+            inputs=torch.stack(inputs) if inputs else None,
+            kept=self._kept(sequences),
         )
+
+    def _kept(self, sequences: list[Sequence]) -> Kept | None:
+        """What the sequences keep, side by side; who keeps nothing has a mask of ones."""
+        if all(s.kept is None for s in sequences):
+            return None
+        zeros = torch.zeros(sequences[0].shape, device=self._family.device)
+        nothing = Kept(mask=torch.ones_like(zeros[:1]), clean=zeros, noise=zeros)
+        kept = [s.kept or nothing for s in sequences]
+        return Kept(
+            mask=torch.stack([k.mask for k in kept]),
+            clean=torch.stack([k.clean for k in kept]),
+            noise=torch.stack([k.noise for k in kept]),
+        )
+
+    def _keep(self, kept: Kept, after: torch.Tensor, tapes: list[tuple[Tape, int]]) -> torch.Tensor:
+        """The latents with what is kept put back, as noisy as they are (blended inpainting, arXiv:2206.02779)."""
+        blends = self._to_device(torch.stack([tape.blends[i] for tape, i in tapes]))[..., None, None, None]
+        return (1 - kept.mask) * (blends[:, 0] * kept.clean + blends[:, 1] * kept.noise) + kept.mask * after
 
     def _noise(self, sequences: list[Sequence]) -> torch.Tensor | None:
         """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others."""
@@ -90,14 +117,14 @@ class Denoiser:
         drawn = [s.noise() if s.tape.draws[s.position] else torch.zeros(s.shape) for s in sequences]
         return self._to_device(torch.stack(drawn))
 
-    def _advance(self, batch: _Batch, after: torch.Tensor) -> None:
-        """Shifts the histories by one step and hands each sequence its own."""
+    def _advance(self, batch: _Batch, after: torch.Tensor, clean: torch.Tensor) -> None:
+        """Shifts the histories by one step and hands each sequence its own, and the clean latents it expects."""
         before = batch.history
         kept_x, kept_m = before[:, :HISTORY], before[:, M.start : M.stop - 1]
         batch.history = torch.cat([after[:, None], kept_x, before[:, :1], kept_m], 1)  # slot M.start is free again
         batch.parts = list(batch.history)
-        for sequence, history in zip(batch.sequences, batch.parts, strict=True):
-            sequence.history = history
+        for sequence, history, estimate in zip(batch.sequences, batch.parts, clean, strict=True):
+            sequence.history, sequence.estimate = history, estimate
             sequence.position += 1
         self._batch = batch
 

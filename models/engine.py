@@ -13,7 +13,7 @@ import torch
 
 from models.batcher import Batcher, knee
 from models.card import ModelCard
-from models.delivery import Delivery
+from models.delivery import Delivery, Packed
 from models.denoiser import Denoiser
 from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Event, Failed, Finished, Progress, Timings
@@ -105,6 +105,13 @@ class Engine:
         """The request leaves before the next step and nothing more is heard of it. Unknown ids are done already."""
         with self._lock:
             self._tickets.pop(ticket_id, None)
+
+    def accept(self, ticket_id: str) -> None:
+        """The request's pictures end with the next step and are what that step expects. Unknown ids are done already."""
+        with self._lock:
+            for sequence in self._live:
+                if sequence.ticket == ticket_id:
+                    sequence.stop = 1
 
     def load(self) -> Load:
         with self._lock:
@@ -239,9 +246,8 @@ class Engine:
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
         """At a phase's end: on to the next one, or to the decoder."""
         for sequence in sequences:
-            if sequence.phase + 1 < len(sequence.phases):
-                sequence.phase, sequence.position = sequence.phase + 1, 0
-                self._attempt(lambda one: self._preparation.begin_phase(one[0]), [sequence])
+            if not sequence.last:
+                self._attempt(lambda one: self._preparation.next_phase(one[0]), [sequence])
                 continue
             sequence.denoised = time.monotonic()
             with self._lock:
@@ -263,7 +269,7 @@ class Engine:
             progress = replace(progress, preview=encode_preview(small, scale))
         ticket.on_event(progress)
 
-    def _packed(self, sequence: Sequence, outcome: bytes | GenerationFailed) -> None:
+    def _packed(self, sequence: Sequence, outcome: Packed | GenerationFailed) -> None:
         """Called from the packing threads."""
         if isinstance(outcome, GenerationFailed):
             self._fail(sequence.ticket, outcome)
@@ -299,8 +305,7 @@ class Engine:
         return future
 
     def _seconds_left(self) -> float:
-        work = sum((s.steps - s.step) * s.rows * math.prod(s.shape[1:]) for s in self._live)
-        return work * self._seconds_per_work
+        return sum(sequence.work for sequence in self._live) * self._seconds_per_work
 
     # Measuring
 
@@ -337,15 +342,15 @@ class Engine:
         return min(seconds)
 
 
-def _finished(sequence: Sequence, data: bytes, revision: str) -> Finished:
+def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:
     request = sequence.request
     return Finished(
         index=sequence.index,
         seed=request.seed,
-        data=data,
+        data=packed.data,
         format=request.output_format,
-        width=request.width,
-        height=request.height,
+        width=packed.width,
+        height=packed.height,
         revision=revision,
         timings=Timings(
             queued_s=sequence.joined - sequence.submitted,

@@ -38,6 +38,8 @@ class Family(Protocol):
     device: torch.device
     revision: str
     scheduler_config: Mapping[str, Any]
+    takes_mask: bool
+    """Whether the network itself takes a mask and the masked picture's latents beside its own (inpainting UNets)."""
     zero_empty_negative: bool
     """Whether an empty negative prompt means zeros instead of the empty text's embedding (SDXL)."""
 
@@ -54,12 +56,18 @@ class Family(Protocol):
         ...
 
 
-def check_network(unet: Any, channels: int) -> None:
-    """Raises InvalidRequest for a UNet that wants inputs which the engine would leave out in silence."""
-    wants = unet.config.in_channels
-    if wants != channels:
-        raise InvalidRequest("source", f"the UNet takes {wants} channels (for inpainting or depth?), not {channels}")
+def takes_mask(unet: Any, channels: int) -> bool:
+    """Whether a UNet is one for inpainting, which sees a mask and a masked picture's latents beside its own.
+
+    Raises InvalidRequest for a UNet that wants inputs which the engine would leave out in silence.
+    """
+    wants, inpainting = unet.config.in_channels, 2 * channels + 1
+    if wants not in (channels, inpainting):
+        raise InvalidRequest(
+            "source", f"the UNet takes {wants} channels (for depth?), not {channels}, or {inpainting} for inpainting"
+        )
     if unet.config.time_cond_proj_dim is not None:
         raise InvalidRequest(
             "source", "the UNet takes the guidance scale as an input; such distilled models do not run"
         )
+    return wants == inpainting

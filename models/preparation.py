@@ -3,13 +3,17 @@
 import math
 import time
 
+import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
+from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
 from models.family import Family
+from models.images import Picture
 from models.request import EffectiveRequest
-from models.sequence import Phase, Sequence
-from models.tapes import Tapes
+from models.sequence import NEVER, Kept, Phase, Sequence
+from models.tapes import Tape, Tapes
 
 
 class Preparation:
@@ -17,25 +21,23 @@ class Preparation:
 
     def __init__(self, family: Family):
         self._family = family
+        self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
         self._conditioner = Conditioner(family)
 
     def sequence(self, request: EffectiveRequest, index: int, ticket: str) -> Sequence:
         """Picture `index` of a request, still without tensors. Raises InvalidRequest for a tape diffusers refuses."""
         one = request.sample(index)
-        strength = None if one.image is None else one.denoise_strength
-        tape = self._tapes.get(one.sampler, one.schedule, one.steps, strength)
-        picture = None if one.image is None else one.image.resized(one.width, one.height)
-        autoencoder, now = self._family.autoencoder, time.monotonic()
+        now = time.monotonic()
         return Sequence(
             request=one,
             index=index,
             ticket=ticket,
-            phases=(Phase(tape, picture),),
-            shape=(autoencoder.channels, one.height // autoencoder.factor, one.width // autoencoder.factor),
+            phases=self._phases(one),
             generator=torch.Generator().manual_seed(one.seed),
             submitted=now,
             deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
+            stop=NEVER if one.stop_at_step is None else one.stop_at_step,
         )
 
     def join(self, sequences: list[Sequence]) -> None:
@@ -45,15 +47,116 @@ class Preparation:
         for sequence, (rows, warnings) in zip(sequences, encoded, strict=True):
             if sequence.history is None:
                 sequence.conditioning, sequence.warnings = rows, warnings
-                self.begin_phase(sequence)
+                self._begin(sequence)
                 sequence.joined, sequence.encoded = started, time.monotonic()
 
-    def begin_phase(self, sequence: Sequence) -> None:
-        """The present phase's first latents: noised clean latents, or noise alone, drawn in diffusers' order."""
-        phase = sequence.phases[sequence.phase]
-        tape, latents = phase.tape, torch.zeros(sequence.shape, device=self._family.device)
-        if phase.picture is not None:
-            latents = self._family.autoencoder.encode([phase.picture], [sequence.generator])[0] * tape.signal
-        if tape.noise:
-            latents = latents + tape.noise * sequence.noise().to(latents.device)
-        sequence.begin(latents)
+    @torch.inference_mode()
+    def next_phase(self, sequence: Sequence) -> None:
+        """Begins the phase after the present one, from what that has made."""
+        clean = self._enlarged(sequence, sequence.phases[sequence.phase + 1])
+        sequence.phase, sequence.position = sequence.phase + 1, 0
+        self._start(sequence, clean, sequence.noise())
+
+    @torch.inference_mode()
+    def _begin(self, sequence: Sequence) -> None:
+        """The first latents: noised clean latents, or noise alone, drawn in diffusers' order."""
+        sequence.generator.manual_seed(sequence.request.seed)  # also where an attempt has failed and used it
+        phase = sequence.phases[0]
+        if phase.canvas is not None:
+            clean, noise = self._inpainted(sequence, phase.canvas)
+        elif phase.picture is not None:
+            clean = self._autoencoder.encode([phase.picture], [sequence.generator])[0]
+            noise = _first_noise(sequence)
+        else:
+            clean, noise = torch.zeros(phase.shape, device=self._family.device), _first_noise(sequence)
+        self._start(sequence, clean, noise)
+
+    def _start(self, sequence: Sequence, clean: torch.Tensor, noise: torch.Tensor) -> None:
+        tape = sequence.tape
+        sequence.begin(clean * tape.signal + tape.noise * noise.to(clean.device))
+
+    def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
+        shape = self._shape(one.width, one.height)
+        if one.image is None:
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
+        elif one.task == "img2img":
+            picture = one.image.resized(one.width, one.height)
+            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
+        else:
+            # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
+            strength = None if one.denoise_strength == 1.0 else one.denoise_strength
+            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=_plan(one))
+        if one.hires is None:
+            return (first,)
+        tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+
+    def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
+        return self._tapes.get(one.sampler, one.schedule, steps, strength)
+
+    def _shape(self, width: int, height: int) -> tuple[int, int, int]:
+        factor = self._autoencoder.factor
+        return self._autoencoder.channels, height // factor, width // factor
+
+    def _enlarged(self, sequence: Sequence, phase: Phase) -> torch.Tensor:
+        """The sequence's latents at the shape of a phase, enlarged as latents or by way of a picture."""
+        if phase.enlarge == "latent":
+            return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
+        pixels = self._autoencoder.decode(sequence.latents[None])[0].permute(1, 2, 0)
+        picture = Picture.from_array((pixels.numpy() * 255).round().astype(np.uint8))
+        factor = self._autoencoder.factor
+        larger = picture.resized(phase.shape[2] * factor, phase.shape[1] * factor)
+        return self._autoencoder.encode([larger], [sequence.generator])[0]
+
+    def _inpainted(self, sequence: Sequence, drawn: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents and unit noise; the sequence is told what it keeps, or what the network is to see of it.
+
+        The generator is used as by diffusers' inpainting pipelines, which encode the masked picture even where the
+        network does not take it.
+        """
+        device, generators = self._family.device, [sequence.generator]
+        blended = not self._family.takes_mask
+        mask = torch.from_numpy(drawn.latent_mask(self._autoencoder.factor))[None].to(device)
+        clean = torch.zeros(sequence.shape, device=device)
+        if blended or sequence.tape.signal:
+            clean = self._autoencoder.encode([drawn.picture], generators)[0]
+        noise = _first_noise(sequence)
+        if blended:
+            sequence.noise()
+            sequence.kept = Kept(mask=mask, clean=clean, noise=noise.to(device))
+        else:
+            hidden = self._autoencoder.encode([drawn.picture], generators, [drawn.mask])[0]
+            sequence.inputs = torch.cat([mask, hidden])
+        if sequence.request.mask_fill == "nothing":
+            clean = clean * (1 - mask)
+        elif sequence.request.mask_fill == "noise":
+            clean = clean * (1 - mask) + sequence.noise().to(device) * mask
+        return clean, noise
+
+
+def _plan(one: EffectiveRequest) -> Canvas:
+    assert one.image is not None
+    return plan(
+        image=one.image,
+        mask=one.mask,
+        outpaint=one.outpaint,
+        width=one.width,
+        height=one.height,
+        mask_blur=one.mask_blur,
+        mask_grow=one.mask_grow,
+        mask_fill=one.mask_fill,
+        mask_region=one.mask_region,
+        mask_padding=one.mask_padding,
+    )
+
+
+def _first_noise(sequence: Sequence) -> torch.Tensor:
+    """Unit noise (c, h, w), turned towards the variation seed's by spherical interpolation where one is asked for."""
+    noise, request = sequence.noise(), sequence.request
+    if not request.variation_strength or request.variation_seed is None:
+        return noise
+    other = torch.randn(sequence.shape, generator=torch.Generator().manual_seed(request.variation_seed))
+    cosine = (noise * other).sum() / (noise.norm() * other.norm())
+    angle = torch.acos(cosine.clamp(-1, 1))
+    shares = [torch.sin((1 - request.variation_strength) * angle), torch.sin(request.variation_strength * angle)]
+    return (shares[0] * noise + shares[1] * other) / torch.sin(angle)

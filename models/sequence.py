@@ -5,21 +5,40 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.canvas import Canvas
 from models.family import Conditioning
 from models.images import Picture
+from models.parts import Enlargement
 from models.request import EffectiveRequest
 from models.tapes import HISTORY, Tape
 
 SLOTS = 2 * HISTORY + 2
 PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody is overtaken for ever
+NEVER = 10**9  # steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One run of a tape. It starts from `picture`, or from noise alone where there is none."""
+    """One run of a tape on latents of one shape (c, h, w).
+
+    It starts from a picture, or from what the phase before it has made, enlarged, or from noise alone. A canvas says
+    which part of the picture is drawn.
+    """
 
     tape: Tape
+    shape: tuple[int, int, int]
     picture: Picture | None = None
+    canvas: Canvas | None = None
+    enlarge: Enlargement | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What inpainting keeps: where `mask` (1, h, w) is 0 the latents stay `clean` (c, h, w), noised by `noise`."""
+
+    mask: torch.Tensor
+    clean: torch.Tensor
+    noise: torch.Tensor
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,20 +46,25 @@ class Sequence:
     """One image being made.
 
     `history` (8, c, h, w) holds the last latents, newest first, then the last model outputs, of which slot 4 is free
-    for the one to come. `rows` is how many rows of a forward the image takes. Times are of time.monotonic().
+    for the one to come. `estimate` (c, h, w) is the clean latents that the last step expected. `inputs` (k, h, w) is
+    what the network sees beside the latents. `rows` is how many rows of a forward the image takes. The image is done
+    after `stop` forwards, if its tapes are not at their ends before. Times are of time.monotonic().
     """
 
     request: EffectiveRequest
     index: int
     ticket: str
     phases: tuple[Phase, ...]
-    shape: tuple[int, int, int]
     generator: torch.Generator
     submitted: float
     deadline: float = math.inf
+    stop: int = NEVER
     phase: int = 0
     position: int = 0
     history: torch.Tensor | None = None
+    estimate: torch.Tensor | None = None
+    kept: Kept | None = None
+    inputs: torch.Tensor | None = None
     conditioning: list[Conditioning] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     joined: float = 0.0
@@ -52,13 +76,22 @@ class Sequence:
         return self.phases[self.phase].tape
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the latents in the present phase."""
+        return self.phases[self.phase].shape
+
+    @property
+    def canvas(self) -> Canvas | None:
+        return self.phases[self.phase].canvas
+
+    @property
     def rows(self) -> int:
         return 2 if self.request.guided else 1
 
     @property
     def steps(self) -> int:
-        """Forwards in all phases together."""
-        return sum(len(phase.tape) for phase in self.phases)
+        """Forwards in all phases together, as far as they will be done."""
+        return min(self.stop, sum(len(phase.tape) for phase in self.phases))
 
     @property
     def step(self) -> int:
@@ -66,8 +99,26 @@ class Sequence:
         return sum(len(phase.tape) for phase in self.phases[: self.phase]) + self.position
 
     @property
+    def stopped(self) -> bool:
+        """Whether it ends here, before its tapes do."""
+        return self.step >= self.stop and self.estimate is not None
+
+    @property
     def denoising(self) -> bool:
-        return self.position < len(self.tape)
+        """Whether the present phase goes on."""
+        return self.position < len(self.tape) and not self.stopped
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows the present phase."""
+        return self.stopped or self.phase + 1 == len(self.phases)
+
+    @property
+    def work(self) -> int:
+        """Rows times latent positions times forwards that are still to come."""
+        left = [(len(phase.tape), phase.shape) for phase in self.phases[self.phase :]]
+        positions = sum(steps * shape[1] * shape[2] for steps, shape in left)
+        return self.rows * (positions - self.position * self.shape[1] * self.shape[2])
 
     @property
     def urgency(self) -> tuple[bool, float]:
@@ -76,7 +127,10 @@ class Sequence:
 
     @property
     def latents(self) -> torch.Tensor:
-        """(c, h, w), as they are now."""
+        """(c, h, w), as they are now; where it was stopped early, the clean ones that were expected."""
+        if self.stopped and self.position < len(self.tape):
+            assert self.estimate is not None
+            return self.estimate
         assert self.history is not None
         return self.history[0]
 

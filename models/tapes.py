@@ -37,6 +37,7 @@ class Tape:
     `timesteps` (n,) is what the network is told; it sees `input_scales` (n,) times the latents. `coefficients` (n, 9)
     makes the next latents from x, m and z as in the module's formula. `draws` (n,) says where diffusers draws noise,
     used or not, so that a seed means the same. `estimates` (n, 2) gives the clean latents expected now: p x + q m.
+    `blends` (n, 2) makes what inpainting keeps as noisy as the next latents: p clean + q unit noise.
     The first latents are `signal` times the clean input latents plus `noise` times unit noise.
     """
 
@@ -45,6 +46,7 @@ class Tape:
     coefficients: torch.Tensor
     draws: tuple[bool, ...]
     estimates: torch.Tensor
+    blends: torch.Tensor
     signal: float
     noise: float
 
@@ -101,14 +103,15 @@ def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> 
         return _empty_tape()
     signal, noise = 0.0, float(scheduler.init_noise_sigma)
     if denoise_strength is not None:
-        signal, noise = _start(scheduler, timesteps[:1])
-    scales, coefficients, draws = _record(scheduler, timesteps)
+        signal, noise = _renoised(scheduler, timesteps[:1])
+    scales, coefficients, draws, blends = _record(scheduler, timesteps)
     return Tape(
         timesteps=timesteps.to(torch.float32),
         input_scales=torch.tensor(scales),
         coefficients=torch.from_numpy(coefficients).float(),
         draws=tuple(draws),
         estimates=_estimates(scheduler, timesteps, scales),
+        blends=torch.tensor(blends),
         signal=signal,
         noise=noise,
     )
@@ -116,17 +119,20 @@ def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> 
 
 def _empty_tape() -> Tape:
     none = torch.empty(0)
-    return Tape(none, none, torch.empty(0, Z + 1), (), torch.empty(0, 2), signal=1.0, noise=0.0)
+    pairs = torch.empty(0, 2)
+    return Tape(none, none, torch.empty(0, Z + 1), (), estimates=pairs, blends=pairs, signal=1.0, noise=0.0)
 
 
-def _start(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
-    """How the scheduler mixes clean latents and unit noise where an input picture's tape begins."""
+def _renoised(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
+    """How the scheduler mixes clean latents and unit noise to what belongs to a timestep."""
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     return float(scheduler.add_noise(one, zero, timestep)), float(scheduler.add_noise(zero, one, timestep))
 
 
-def _record(scheduler: Any, timesteps: torch.Tensor) -> tuple[list[float], np.ndarray, list[bool]]:
-    """Steps the scheduler through its timesteps; gives input scales, coefficient rows (n, 9) and noise draws."""
+def _record(
+    scheduler: Any, timesteps: torch.Tensor
+) -> tuple[list[float], np.ndarray, list[bool], list[tuple[float, float]]]:
+    """Steps the scheduler through its timesteps; gives input scales, coefficient rows (n, 9), noise draws, blends."""
     probe = torch.Generator().manual_seed(0)
     noise = torch.Generator().manual_seed(1)
     accepted = signature(scheduler.step).parameters
@@ -135,8 +141,8 @@ def _record(scheduler: Any, timesteps: torch.Tensor) -> tuple[list[float], np.nd
     options |= {"eta": 0.0} if "eta" in accepted else {}  # what diffusers' pipelines pass
     xs = [torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64)]
     ms: list[torch.Tensor] = []
-    scales, rows, draws = [], [], []
-    for t in timesteps:
+    scales, rows, draws, blends = [], [], [], []
+    for i, t in enumerate(timesteps):
         scales.append(float(scheduler.scale_model_input(torch.ones_like(xs[0]), t).flatten()[0]))
         ms.append(torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64))
         before = noise.get_state()
@@ -145,7 +151,9 @@ def _record(scheduler: Any, timesteps: torch.Tensor) -> tuple[list[float], np.nd
         rows.append(_fit(after, xs, ms, z, type(scheduler).__name__))
         draws.append(z is not None)
         xs.append(after)
-    return scales, np.stack(rows), draws
+        following = timesteps[i + 1 : i + 2]
+        blends.append(_renoised(scheduler, following) if len(following) else (1.0, 0.0))
+    return scales, np.stack(rows), draws, blends
 
 
 def _drawn(before: torch.Tensor, generator: torch.Generator, shape: torch.Size) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.autoencoder import Autoencoder
-from models.family import Conditioning, Embedding, check_network
+from models.family import Conditioning, Embedding, takes_mask
 from models.tokens import tokenize
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
@@ -41,7 +41,7 @@ class SD:
         self.device = placement.device
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(components.modules["vae"], placement.device)
-        check_network(self._unet, self.autoencoder.channels)
+        self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
         self.revision = components.revision
         self.scheduler_config = components.scheduler_config
 
