@@ -321,12 +321,12 @@ class Engine:
         return seconds
 
     def _time_forward(self, rows: int) -> float:
-        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of three."""
-        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=3, seed=0)
+        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
+        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=5, seed=0)
         sequences = [self._preparation.sequence(plain.resolve(self.card), 0, "") for _ in range(rows)]
         self._preparation.join(sequences)
         seconds = []
-        for _ in range(3):
+        for _ in range(5):
             started = time.perf_counter()
             self._denoiser.step(sequences).sum().item()
             seconds.append(time.perf_counter() - started)
