@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from models.card import ModelCard
-from models.engine import Engine
+from models.engine import Engine, host
 from models.errors import Cancelled, GenerationFailed, InvalidRequest, NotFound, Overloaded
 from models.events import Failed, Finished, Progress
 from models.request import GenerationRequest
@@ -209,8 +209,7 @@ def test_one_requests_fault_leaves_its_neighbours_alone():
 
 
 def test_a_running_engine_serves_from_its_own_thread_and_closes():
-    engine = new_engine("sd15")
-    engine.start()
+    engine = host(lambda: new_engine("sd15"))
     pictures = engine.generate([ask(seed=seed) for seed in range(3)])
     assert [p.seed for [p] in pictures] == [0, 1, 2]
     assert engine.healthy() is None
@@ -223,8 +222,7 @@ def test_a_running_engine_serves_from_its_own_thread_and_closes():
 
 
 def test_closing_with_a_drain_finishes_what_was_begun():
-    engine = new_engine("sd15")
-    engine.start()
+    engine = host(lambda: new_engine("sd15"))
     events = []
     engine.submit(ask(steps=4), events.append, progress=False)
     engine.close(drain_s=60)
