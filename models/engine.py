@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
 from models.delivery import Delivery, Packed
@@ -87,7 +88,7 @@ class Engine:
         effective = request.resolve(self.card)
         ticket_id = uuid.uuid4().hex
         indices = range(effective.samples)
-        sequences = [self._preparation.sequence(effective, index, ticket_id) for index in indices]
+        sequences = aside(lambda: [self._preparation.sequence(effective, index, ticket_id) for index in indices])
         with self._lock:
             waiting = sum(sequence.history is None for sequence in self._live)
             if self._closed:

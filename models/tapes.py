@@ -20,7 +20,6 @@ import diffusers
 import numpy as np
 import torch
 
-from models.aside import aside
 from models.errors import InvalidRequest
 from models.samplers import SAMPLERS, SCHEDULES
 
@@ -74,7 +73,7 @@ class Tapes:
             if key in self._tapes:
                 self._tapes.move_to_end(key)
                 return self._tapes[key]
-        tape = aside(lambda: compile_tape(self.scheduler(sampler, schedule), steps, denoise_strength))
+        tape = compile_tape(self.scheduler(sampler, schedule), steps, denoise_strength)
         with self._lock:
             self._tapes[key] = tape
             while len(self._tapes) > _CACHED:

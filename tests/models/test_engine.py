@@ -1,7 +1,10 @@
 """The engine's promises: joining and leaving take one step, bounds hold, failures are typed and stay with their own."""
 
 import io
+import os
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from models.engine import Engine, host
 from models.errors import Cancelled, GenerationFailed, InvalidRequest, NotFound, Overloaded
 from models.events import Failed, Finished, Progress
 from models.request import GenerationRequest
-from tests.models.conftest import loaded_family, new_engine
+from tests.models.conftest import loaded_family, new_engine, sketch
 
 
 def ask(**fields) -> GenerationRequest:
@@ -219,6 +222,17 @@ def test_a_running_engine_serves_from_its_own_thread_and_closes():
     assert isinstance(events[0].error, Cancelled)
     with pytest.raises(Overloaded):
         engine.submit(ask(), events.append)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads where Linux lists them")
+def test_who_submits_keeps_no_openmp_workers_that_would_slow_the_engine_down(engine):
+    caller = ThreadPoolExecutor(1)
+    caller.submit(time.time).result()
+    before = len(os.listdir("/proc/self/task"))
+    for sampler in ("dpmpp_2m", "euler_a", "unipc"):  # each a tape to compile
+        request = ask(sampler=sampler, steps=17, image=sketch(), denoise_strength=0.5)
+        caller.submit(engine.submit, request, lambda event: None).result()
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_closing_with_a_drain_finishes_what_was_begun():
