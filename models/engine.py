@@ -307,7 +307,7 @@ class Engine:
     # Measuring
 
     def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before it is stepped."""
+        """Draws a picture and measures the cap in rows at the native size, unless told it. It comes before any step."""
         request = GenerationRequest(model=self.card.name, prompt="warm-up", steps=2, seed=0)
         self.generate([request])
         shape = self._preparation.sequence(request.resolve(self.card), 0, "").shape
