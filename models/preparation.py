@@ -85,7 +85,7 @@ class Preparation:
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=_plan(one))
+            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
@@ -132,22 +132,6 @@ class Preparation:
         elif sequence.request.mask_fill == "noise":
             clean = clean * (1 - mask) + sequence.noise().to(device) * mask
         return clean, noise
-
-
-def _plan(one: EffectiveRequest) -> Canvas:
-    assert one.image is not None
-    return plan(
-        image=one.image,
-        mask=one.mask,
-        outpaint=one.outpaint,
-        width=one.width,
-        height=one.height,
-        mask_blur=one.mask_blur,
-        mask_grow=one.mask_grow,
-        mask_fill=one.mask_fill,
-        mask_region=one.mask_region,
-        mask_padding=one.mask_padding,
-    )
 
 
 def _first_noise(sequence: Sequence) -> torch.Tensor:

@@ -231,10 +231,8 @@ class EffectiveRequest(GenerationRequest):
         for field in ("mask", "outpaint"):
             if getattr(self, field) is not None and self.image is None:
                 raise InvalidRequest(field, "needs an input picture in `image`")
-        if self.mask is not None and self.outpaint is not None:
-            raise InvalidRequest("mask", "does not go with `outpaint`, which makes its own mask")
-        if self.mask is None and self.mask_region == "masked":
-            raise InvalidRequest("mask_region", "`masked` needs a mask")
+        if self.mask_region == "masked" and (self.mask is None or self.outpaint is not None):
+            raise InvalidRequest("mask_region", "`masked` needs a mask, and no borders to outpaint")
         if self.task not in card.tasks:
             field = {"txt2img": "image", "img2img": "image", "inpaint": "mask"}[self.task]
             raise InvalidRequest(field, f"{card.name} does {', '.join(card.tasks)}, not {self.task}")

@@ -73,8 +73,6 @@ def test_both_phases_count_as_progress_and_neighbours_join_in_either():
 
 
 def test_a_variation_lies_between_two_seeds():
-    whole = picture(ask(variation_seed=9, variation_strength=1.0))
-    assert np.abs(whole - picture(ask(seed=9, sampler="euler"))).max() > 1, "euler_a draws on with its own seed"
     plain = {"sampler": "dpmpp_2m"}
     base, other = picture(ask(**plain)), picture(ask(seed=9, **plain))
     assert np.abs(picture(ask(variation_seed=9, variation_strength=0.0, **plain)) - base).max() == 0
