@@ -1,5 +1,6 @@
 """Canvases: which part of a picture is drawn anew, at which size, and how it goes back into the picture. No torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from models.request import EffectiveRequest
 WHITE = 128  # of 255: from here on a mask's pixel counts as white where there is nothing between white and black
 _LANCZOS = Image.Resampling.LANCZOS
 _MID_GREY = 127.5
+_SMOOTHNESS = 16  # pixels, two latents: what outpainting starts from has colours and no lines
 
 
 class Box(NamedTuple):
@@ -82,8 +84,10 @@ def plan(request: EffectiveRequest, image: Picture) -> Canvas:
     box = _region(cover, request.mask_padding, size) if cropped else Box(0, 0, base.shape[1], base.shape[0])
     picture, mask, outside = (_worked(whole, box, size, cropped) for whole in (base, cover, new))
     mask = np.maximum(mask, _cells(outside))
-    picture = Picture.from_array(_spread(picture, mask if request.mask_fill == "fill" else outside))
-    canvas = Canvas(picture=picture, mask=mask, base=base, cover=cover, box=box, cropped=cropped)
+    picture = _continued(picture, outside)
+    if request.mask_fill == "fill":
+        picture = _spread(picture, np.where(outside > 0, 0, mask))
+    canvas = Canvas(picture=Picture.from_array(picture), mask=mask, base=base, cover=cover, box=box, cropped=cropped)
     if not canvas.latent_mask(SIDE_MULTIPLE).any():
         raise _too_small(request)
     return canvas
@@ -199,10 +203,16 @@ def _cells(outside: np.ndarray) -> np.ndarray:
     return blocks.max((1, 3)).repeat(SIDE_MULTIPLE, 0).repeat(SIDE_MULTIPLE, 1)
 
 
+def _continued(picture: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """The picture (h, w, 3) with what is outside it, 255 in (h, w), smoothed; its borders are drawn out already."""
+    if not outside.any():
+        return picture
+    smooth = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(_SMOOTHNESS))
+    return np.where(outside[..., None] > 0, np.asarray(smooth), picture)
+
+
 def _spread(picture: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """The picture (h, w, 3) with what is hidden, 255 in (h, w), filled from the colours around it; all uint8."""
-    if not hidden.any():
-        return picture
     known = 1 - hidden.astype(np.float32)[..., None] / 255
     return np.rint(_filled(picture.astype(np.float32), known)).clip(0, 255).astype(np.uint8)
 
@@ -218,22 +228,23 @@ def _filled(colours: np.ndarray, known: np.ndarray) -> np.ndarray:
         return colours
     if height == width == 1:
         return known * colours + (1 - known) * _MID_GREY
-    even = ((0, height % 2), (0, width % 2), (0, 0))
-    weights = _summed(np.pad(known, even))
-    sums = _summed(np.pad(known * colours, even))
-    means = sums / np.maximum(weights, np.float32(1e-6))
-    coarse = _filled(means, np.minimum(weights, np.float32(1)))
-    return known * colours + (1 - known) * _doubled(coarse)[:height, :width]
+    weights = _halved(known)
+    means = _halved(known * colours) / np.maximum(weights, np.float32(1e-6))
+    coarse = _filled(means, np.minimum(4 * weights, np.float32(1)))
+    return known * colours + (1 - known) * _enlarged(coarse)[:height, :width]
 
 
-def _summed(array: np.ndarray) -> np.ndarray:
-    """Sums over squares of two by two."""
-    rows = array[::2] + array[1::2]
-    return rows[:, ::2] + rows[:, 1::2]
+def _halved(array: np.ndarray) -> np.ndarray:
+    """Means over squares of two by two, (h, w, n) to half of it, rounded up; beyond the edges there is nothing."""
+    return _by_channel(np.pad(array, ((0, len(array) % 2), (0, array.shape[1] % 2), (0, 0))), lambda c: c.reduce(2))
 
 
-def _doubled(array: np.ndarray) -> np.ndarray:
-    """Twice the height and width, interpolated bilinearly."""
-    height, width, _ = array.shape
+def _enlarged(array: np.ndarray) -> np.ndarray:
+    """(h, w, n) at twice its height and width, interpolated bilinearly."""
+    size = (2 * array.shape[1], 2 * array.shape[0])
+    return _by_channel(array, lambda c: c.resize(size, Image.Resampling.BILINEAR))
+
+
+def _by_channel(array: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(array, 2, 0)]
-    return np.stack([np.asarray(c.resize((2 * width, 2 * height), Image.Resampling.BILINEAR)) for c in channels], 2)
+    return np.stack([np.asarray(change(channel)) for channel in channels], 2)

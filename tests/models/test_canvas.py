@@ -162,9 +162,7 @@ def test_the_region_is_diffusers_region():
     for mask in random_masks(150, 160, 112):
         width, height = (int(8 * side) for side in rng.integers(8, 33, 2))
         padding = int(rng.integers(0, 60))
-        canvas = planned(
-            photo(160, 112), mask, width=width, height=height, mask_region="masked", mask_padding=padding
-        )
+        canvas = planned(photo(160, 112), mask, width=width, height=height, mask_region="masked", mask_padding=padding)
         assert canvas.box == MASKS.get_crop_region(grey(mask), width, height, pad=padding)
 
 
@@ -268,7 +266,7 @@ def test_fill_hides_what_was_there_behind_the_colours_around_it(blur):
     assert np.array_equal(filled[0], filled[1])
     assert np.abs(filled[0][60:68, 20:30] - (200, 30, 30)).max() < 20
     assert np.abs(filled[0][60:68, 100:110] - (30, 30, 200)).max() < 20
-    assert np.abs(np.diff(filled[0], axis=0)).max() < 12, "steps where nothing borders on anything"
+    assert np.abs(np.diff(filled[0][:, :40], axis=0)).max() <= 2, "a step where all around is one colour"
 
 
 def test_fill_with_nothing_around_it_is_grey():
