@@ -26,7 +26,7 @@ class Preparation:
         self._conditioner = Conditioner(family)
 
     def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
-        """A request's pictures, still without tensors. Raises InvalidRequest for a tape diffusers refuses, or a mask."""
+        """A request's pictures, still without tensors. Raises InvalidRequest for a bad tape or mask."""
         phases = self._phases(request)  # alike for all: only their noise differs
         return [self._sequence(request.sample(i), i, ticket, phases) for i in range(request.samples)]
 
