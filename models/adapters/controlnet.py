@@ -3,6 +3,7 @@
 Source: Zhang et al., arXiv:2302.05543. Several on one row add up; a row without any gets zeros.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ class Control:
 class ControlNets:
     """The ControlNets registered for one model, name -> folder or file: loaded when first asked for, kept by bytes.
 
-    `base` is the UNet's configuration; `preprocessors` says where those that need weights have them. One thread only.
+    `base` is the UNet's configuration; `preprocessors` says where those that need weights have them. Safe to use from
+    several threads, of which one loads at a time.
     """
 
     def __init__(
@@ -125,21 +127,34 @@ class ControlNets:
         self._preprocessors = preprocessors
         self._capacity = capacity_bytes
         self._loaded: OrderedDict[str, ControlNet] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._locations)
 
     def get(self, name: str) -> ControlNet:
         """Raises NotFound for a name that is not registered, InvalidRequest for one that cannot be loaded."""
         if name not in self._locations:
             there_are = ", ".join(self._locations) or "none"
             raise NotFound(f"there is no ControlNet {name!r} for this model; there are: {there_are}")
-        if name not in self._loaded:
-            self._loaded[name] = ControlNet.load(self._locations[name], self._base, self._placement)
-        self._loaded.move_to_end(name)
-        while sum(net.nbytes for net in self._loaded.values()) > self._capacity and len(self._loaded) > 1:
-            self._loaded.popitem(last=False)  # whoever still uses it keeps it alive
-        return self._loaded[name]
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = ControlNet.load(self._locations[name], self._base, self._placement)
+            self._loaded.move_to_end(name)
+            net = self._loaded[name]
+            while sum(each.nbytes for each in self._loaded.values()) > self._capacity and len(self._loaded) > 1:
+                self._loaded.popitem(last=False)  # whoever still uses it keeps it alive
+        return net
 
-    def control(self, use: ControlUse, width: int, height: int) -> Control:
-        """A request's use of one on a picture of that size in pixels; its own picture is fitted, then preprocessed."""
+    def controls(self, uses: Sequence[ControlUse], width: int, height: int) -> tuple[Control, ...]:
+        """A request's uses for a picture of that size in pixels; their own pictures are fitted, then preprocessed.
+
+        Raises NotFound for names that are not there, InvalidRequest for what cannot be loaded.
+        """
+        return tuple(self._control(use, width, height) for use in uses)
+
+    def _control(self, use: ControlUse, width: int, height: int) -> Control:
         net = self.get(use.name)
         picture = preprocess(use.preprocessor or "none", use.image.resized(width, height), self._preprocessors)
         hint = torch.from_numpy(np.array(picture.array().transpose(2, 0, 1))).float() / 255
