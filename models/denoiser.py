@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.adapters.controlnet import ControlBatch
 from models.conditioning import stack
 from models.family import Conditioning, Family
 from models.sequence import Kept, Sequence
@@ -26,6 +27,7 @@ class _Batch:
     rescale: torch.Tensor | None  # (n, 1, 1, 1) guidance rescale, where any sequence asks for it
     inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
+    controls: ControlBatch
 
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
@@ -52,7 +54,9 @@ class Denoiser:
         timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
-        outputs = self._family.predict(inputs[batch.owners], timesteps[batch.owners], batch.rows)
+        seen, told = inputs[batch.owners], timesteps[batch.owners]
+        residuals = batch.controls.residuals(seen, told, batch.rows, [s.position for s in sequences])
+        outputs = self._family.predict(seen, told, batch.rows, residuals)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m
@@ -90,6 +94,7 @@ class Denoiser:
             rescale=self._column(rescales) if any(rescales) else None,
             inputs=torch.stack(inputs) if inputs else None,
             kept=self._kept(sequences),
+            controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
         )
 
     def _kept(self, sequences: list[Sequence]) -> Kept | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from models.adapters.controlnet import ControlNets
 from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
@@ -59,13 +60,16 @@ class _Ticket:
 class Engine:
     """One model on one device. `submit` and `cancel` may be called from any thread; one thread at a time steps."""
 
-    def __init__(self, family: Family, card: ModelCard, *, max_waiting: int = 64):
+    def __init__(
+        self, family: Family, card: ModelCard, *, max_waiting: int = 64, controlnets: ControlNets | None = None
+    ):
         _check_tasks(family, card)
         self.card = card
         self.revision = family.revision
         self.batcher = Batcher()
         self._autoencoder = family.autoencoder
-        self._preparation = Preparation(family)
+        controlnets = controlnets or ControlNets({}, family.network_config, family.placement)
+        self._preparation = Preparation(family, controlnets)
         self._denoiser = Denoiser(family)
         self._delivery = Delivery(family.autoencoder, card.width * card.height, self._packed)
         self._max_waiting = max_waiting

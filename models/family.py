@@ -8,6 +8,7 @@ import torch
 
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
+from models.weights import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,14 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name."""
+    """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name.
+
+    `mask` (tokens,), where there is one, is true for the tokens that are no padding.
+    """
 
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
 
 
 class Family(Protocol):
@@ -36,6 +41,9 @@ class Family(Protocol):
 
     autoencoder: Autoencoder
     device: torch.device
+    placement: Placement
+    network_config: Mapping[str, Any]
+    """The denoising network's own configuration, which adapters are checked against."""
     revision: str
     scheduler_config: Mapping[str, Any]
     takes_mask: bool
@@ -51,8 +59,17 @@ class Family(Protocol):
         """What a row of a picture of this size gets besides its latents."""
         ...
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32."""
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32.
+
+        `residuals` are added to its own: after each layer of its encoder, and after the middle (ControlNet).
+        """
         ...
 
 

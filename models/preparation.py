@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from models.adapters.controlnet import ControlNets
 from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
 from models.family import Family
@@ -19,8 +20,9 @@ from models.tapes import Tape, Tapes
 class Preparation:
     """Makes sequences for one family. `sequences` is quick and safe in any thread; the rest belongs to the engine's."""
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, controlnets: ControlNets):
         self._family = family
+        self._controlnets = controlnets
         self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
         self._conditioner = Conditioner(family)
@@ -80,19 +82,23 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
+        controls = self._controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
-            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
         elif one.task == "img2img":
             picture = one.image.resized(one.width, one.height)
-            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
+            tape = self._tape(one, one.steps, one.denoise_strength)
+            first = Phase(tape=tape, shape=shape, picture=picture, controls=controls)
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
+            tape = self._tape(one, one.steps, strength)
+            first = Phase(tape=tape, shape=shape, canvas=plan(one, one.image), controls=controls)
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+        controls = self._controlnets.controls(one.controls, *one.largest)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.adapters.controlnet import Control
 from models.canvas import Canvas
 from models.family import Conditioning
 from models.images import Picture
@@ -22,7 +23,7 @@ class Phase:
     """One run of a tape on latents of one shape (c, h, w).
 
     It starts from a picture, or from what the phase before it has made, enlarged, or from noise alone. A canvas says
-    which part of the picture is drawn.
+    which part of the picture is drawn; `controls` steer it.
     """
 
     tape: Tape
@@ -30,6 +31,7 @@ class Phase:
     picture: Picture | None = None
     canvas: Canvas | None = None
     enlarge: Enlargement | None = None
+    controls: tuple[Control, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,10 @@ class Sequence:
     @property
     def canvas(self) -> Canvas | None:
         return self.phases[self.phase].canvas
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        return self.phases[self.phase].controls
 
     @property
     def rows(self) -> int:

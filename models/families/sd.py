@@ -38,6 +38,8 @@ class SD:
         self._unet: Any = components.modules["unet"]
         self._text_encoder: Any = components.modules["text_encoder"]
         self._tokenizer: Any = components.modules["tokenizer"]
+        self.placement = placement
+        self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(components.modules["vae"], placement.device)
@@ -57,5 +59,20 @@ class SD:
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         return Conditioning(context=embedding.context)
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        return self._unet(latents.to(self._dtype), timesteps, rows.context, return_dict=False)[0].float()
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        down, mid = residuals or (None, None)
+        return self._unet(
+            latents.to(self._dtype),
+            timesteps,
+            rows.context,
+            encoder_attention_mask=rows.mask,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0].float()

@@ -40,6 +40,8 @@ class SDXL:
             (modules["tokenizer"], modules["text_encoder"]),
             (modules["tokenizer_2"], modules["text_encoder_2"]),
         ]
+        self.placement = placement
+        self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(modules["vae"], placement.device)
@@ -66,7 +68,21 @@ class SDXL:
         time_ids = torch.tensor(sizes, device=self.device, dtype=self._dtype)
         return Conditioning(context=embedding.context, added={"text_embeds": embedding.pooled, "time_ids": time_ids})
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        down, mid = residuals or (None, None)
         return self._unet(
-            latents.to(self._dtype), timesteps, rows.context, added_cond_kwargs=dict(rows.added), return_dict=False
+            latents.to(self._dtype),
+            timesteps,
+            rows.context,
+            encoder_attention_mask=rows.mask,
+            added_cond_kwargs=dict(rows.added),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
         )[0].float()
