@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import wire
+from app import metadata, wire
 from app.errors import envelope
 from app.service import Accepted, GenerationResult, ModelDescription, Service, StreamEvent
 from models import request as limits
@@ -149,6 +149,7 @@ def parameters(request: EffectiveRequest) -> dict[str, Any]:
 def routes(service: Service) -> APIRouter:
     """The paths of this API."""
     router = APIRouter(prefix="/v1", tags=["native"])
+    router.include_router(metadata.routes(service, GenerateBody))
 
     @router.post("/generate", summary="Make pictures", openapi_extra=_BODY_SCHEMA, responses=_ANSWERS)
     async def generate(request: Request) -> Response:
