@@ -13,11 +13,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app import multipart
 from app.errors import MalformedBody, NotAcceptable
 from models.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
+
+MAX_PARTS = 64  # of a multipart body
+MAX_FIELD_BYTES = 1024 * 1024  # of a text field in it
 
 
 async def read_json(request: Request, body: type[Body]) -> Body:
@@ -40,6 +44,14 @@ def validate(values: dict[str, Any], body: type[Body]) -> Body:
         return body.model_validate(values)
     except ValidationError as wrong:
         raise _invalid(wrong, body) from wrong
+
+
+async def read_multipart(
+    request: Request, max_parts: int = MAX_PARTS, max_field_bytes: int = MAX_FIELD_BYTES
+) -> multipart.Form:
+    """The text fields and the files of a multipart/form-data body. Raises what multipart.parse raises."""
+    body, kind = await request.body(), request.headers.get("content-type", "")
+    return await asyncio.to_thread(multipart.parse, body, kind, max_parts, max_field_bytes)
 
 
 def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:

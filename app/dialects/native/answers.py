@@ -16,7 +16,7 @@ from models.events import Finished, Progress, Timings
 from models.images import FORMATS, MEDIA_TYPES, Picture
 from models.limits import Range
 from models.request import EffectiveRequest
-from models.samplers import SAMPLERS, SCHEDULES
+from models.samplers import SAMPLERS, SCHEDULE_LABELS, SCHEDULES
 
 _OF_A_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
@@ -118,10 +118,16 @@ def from_adapter(adapter: AdapterDescription) -> dict[str, Any]:
 def samplers() -> dict[str, Any]:
     """Every sampler with the names that people use for it elsewhere, and every schedule."""
     entries = [
-        {"name": name, "aliases": list(sampler.aliases), "schedules": list(sampler.schedules)}
+        {
+            "name": name,
+            "label": sampler.label,
+            "aliases": list(sampler.aliases),
+            "schedules": list(sampler.schedules),
+        }
         for name, sampler in SAMPLERS.items()
     ]
-    return {"object": "list", "data": entries, "schedules": list(SCHEDULES)}
+    schedules = [{"name": name, "label": SCHEDULE_LABELS[name]} for name in SCHEDULES]
+    return {"object": "list", "data": entries, "schedules": schedules}
 
 
 def parameters(request: EffectiveRequest) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class DrawBody(Wire):
     sampler: str | None = Field(None, description=f"One of {', '.join(SAMPLERS)}, or a name people use elsewhere")
     schedule: str | None = Field(None, description="The sampler's spacing of noise levels")
     clip_skip: int | None = within(limits.CLIP_SKIP, "Layers of the text encoder left out from the end")
-    image: Encoded | None = Field(None, description="PNG, JPEG or WebP to start from: base64 or a data URI")
+    image: Encoded | None = Field(None, description="PNG, JPEG, WebP or AVIF to start from: base64 or a data URI")
     init_image: Encoded | None = Field(None, description="Another name of `image`")
     denoise_strength: float | None = within(limits.DENOISE_STRENGTH, "1 ignores `image`, 0 returns it")
     image_strength: float | None = within(limits.DENOISE_STRENGTH, "The other way round: 1 returns `image`")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from app import wire
 from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, DrawBody, GenerateBody, OutpaintBody, OutputFormat
@@ -30,7 +30,7 @@ def to_request(body: DrawBody, default_model: str) -> GenerationRequest:
     values["preview_every"] = _preview_every(body)
     values["denoise_strength"] = _denoise_strength(body)
     values["image"] = None if (given := _image(body)) is None else _picture(*given)
-    values["mask"] = None if body.mask is None else _picture("mask", body.mask)
+    values["mask"] = None if body.mask is None else _picture("mask", body.mask, "black")
     values |= {name: part(**values[name]) for name, part in _PARTS.items() if name in values}
     values["adapters"] = tuple(AdapterUse(**use) for use in values.get("adapters", ()))
     values["controls"] = tuple(_control(i, use) for i, use in enumerate(values.get("controls", ())))
@@ -122,8 +122,9 @@ def _control(index: int, use: dict[str, Any]) -> ControlUse:
     return ControlUse(**use | {"image": _picture(f"controls.{index}.image", use["image"])})
 
 
-def _picture(field: str, encoded: str | bytes) -> Picture:
-    return Picture.from_bytes(_bytes(field, encoded), field)
+def _picture(field: str, encoded: str | bytes, background: Literal["white", "black"] = "white") -> Picture:
+    """`background` is what transparent parts count as: in a mask, as kept."""
+    return Picture.from_bytes(_bytes(field, encoded), field, background)
 
 
 def _bytes(field: str, encoded: str | bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from app import wire
+from app import metadata, wire
 from app.dialects.native import answers, forms, requests
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
@@ -24,6 +24,7 @@ ToRequest = Callable[[Body, str], GenerationRequest]
 def routes(service: Service) -> APIRouter:
     """The paths of this API."""
     router = APIRouter(prefix="/v1", tags=["native"])
+    router.include_router(metadata.routes(service, GenerateBody))
     _add_generate(router, service)
     _add_forms(router, service)
     _add_lists(router, service)
