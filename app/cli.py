@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, adapters, samplers, bench. Heavy imports wait until a command needs them."""
+"""The command line. Heavy imports wait until a command needs them."""
 
 import subprocess
 import sys
@@ -207,8 +207,8 @@ def adapters(address: Address = ADDRESS) -> None:
 
     table = Table("name", "kind", "models", "base", "bytes", "sha256")
     for adapter in client.Client(address).adapters():
-        known = [adapter[key] for key in ("base", "bytes", "sha256")]
-        table.add_row(adapter["name"], adapter["kind"], ", ".join(adapter["models"]), *("" if k is None else str(k)[:12] for k in known))
+        file = ["" if adapter[key] is None else str(adapter[key])[:12] for key in ("base", "bytes", "sha256")]
+        table.add_row(adapter["name"], adapter["kind"], ", ".join(adapter["models"]), *file)
     Console().print(table)
 
 

@@ -79,7 +79,8 @@ class Router:
             return False
         try:
             handle = await self._handle(model)
-            answers = await handle.broadcast(ending, id).results_async(timeout_s=TELL_PATIENCE_S, return_exceptions=True)
+            asked = handle.broadcast(ending, id)
+            answers = await asked.results_async(timeout_s=TELL_PATIENCE_S, return_exceptions=True)
         except (GenerationFailed, RayError, RayServeException, TimeoutError):  # nothing of it runs any more
             return False
         return any(answer is True for answer in answers)

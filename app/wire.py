@@ -39,7 +39,7 @@ async def read_json(request: Request, body: type[Body]) -> Body:
 
 
 def validate(values: dict[str, Any], body: type[Body]) -> Body:
-    """The wire model of the values. Raises InvalidRequest for the first fault, naming the field, as `controls.0.name`."""
+    """The wire model of the values. Raises InvalidRequest for the first fault, naming a field as `controls.0.name`."""
     try:
         return body.model_validate(values)
     except ValidationError as wrong:

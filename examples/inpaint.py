@@ -18,7 +18,7 @@ ImageDraw.Draw(canvas).rectangle([size[0] // 4, size[1] // 4, size[0] * 3 // 4, 
 canvas.save(mask, "PNG")
 
 files = {"image": photo, "mask": mask.getvalue()}
-wanted = {"prompt": "a large green square in the center on a blue background", "seed": 2, "mask_fill": "noise"}
+wanted = {"prompt": "a large green square in the center on a blue background", "seed": 2}
 answer = requests.post(f"{address}/v1/inpaint", data=wanted, files=files, timeout=120)
 answer.raise_for_status()
 Path("inpainted.png").write_bytes(base64.b64decode(answer.json()["images"][0]["base64"]))

@@ -107,7 +107,6 @@ REFUSED = [
     ({"image": IMAGE, "mask": MASK, "mask_blur": 65}, "mask_blur", "between 0 and 64"),
     ({"image": IMAGE, "mask": MASK, "mask_blur": 1.5}, "mask_blur", "integer"),
     ({"image": IMAGE, "mask": MASK, "mask_fill": "white"}, "mask_fill", "noise"),
-    ({"image": IMAGE, "mask": MASK, "outpaint": {"left": 8}}, "mask", "outpaint"),
     ({"image": IMAGE, "mask_region": "masked"}, "mask_region", "mask"),
     ({"image": IMAGE, "outpaint": {}}, "outpaint", "one side"),
     ({"image": IMAGE, "outpaint": {"left": -8}}, "outpaint.left", "between 0 and 2048"),
