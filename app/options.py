@@ -100,7 +100,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     table = [option.parameter(panel) for panel, options in PANELS.items() for option in options]
     first = [p for p in own if p.default is inspect.Parameter.empty]
     last = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p not in first]
-    setattr(command, "__signature__", signature.replace(parameters=[*first, *table, *last]))
+    parameters = [*first, *table, *last]
+    command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 

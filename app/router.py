@@ -45,9 +45,7 @@ class Router:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
 
-    async def generate(
-        self, request: EffectiveRequest, progress: bool, id: str
-    ) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out."""
         deadline = time.monotonic() + self._patience_s(request)

@@ -111,7 +111,7 @@ class Engine:
             self._tickets.pop(ticket_id, None)
 
     def accept(self, ticket_id: str) -> None:
-        """The request's pictures end with the next step and are what that step expects. Unknown ids are done already."""
+        """The request's pictures end with the next step, as what that step expects. Unknown ids are done already."""
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:

@@ -105,9 +105,7 @@ def test_image_strength_is_how_closely_the_picture_is_followed(server: Server, s
 
 
 @pytest.mark.parametrize("region", ["whole", "masked"])
-def test_inpainting_changes_the_hole_and_nothing_else(
-    server: Server, scene: np.ndarray, hole: np.ndarray, region: str
-):
+def test_inpainting_changes_the_hole_and_nothing_else(server: Server, scene: np.ndarray, hole: np.ndarray, region: str):
     body = {"image": text(png(scene)), "mask": text(png(hole)), "mask_region": region, "mask_blur": 2}
     drawn = picture(ask(server, "/v1/inpaint", prompt="a green square on a blue background", seed=2, **body))
     np.testing.assert_array_equal(drawn[far(hole)], scene[far(hole)])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from app.dialects import native
-from models.images import Picture, encode
+from models.images import Picture
 from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import MemoryRouter
@@ -55,7 +55,9 @@ def test_every_field_arrives():
     parts = {
         "outpaint": {"left": 8, "top": 16},
         "hires": {"scale": 1.5, "steps": 4, "denoise_strength": 0.5, "upscaler": "lanczos"},
-        "controls": [{"name": "canny", "image": IMAGE, "weight": 0.5, "start": 0.1, "end": 0.9, "preprocessor": "canny"}],
+        "controls": [
+            {"name": "canny", "image": IMAGE, "weight": 0.5, "start": 0.1, "end": 0.9, "preprocessor": "canny"}
+        ],
         "adapters": [{"name": "moon", "weight": 0.5}, {"name": "sun"}],
         "upscale": {"scale": 4.0, "model": "x4"},
     }
@@ -246,8 +248,7 @@ async def test_the_lists(client: httpx2.AsyncClient):
 async def test_a_running_request_can_be_ended(client: httpx2.AsyncClient, router: MemoryRouter, ending: str, last: str):
     router.gate.clear()
     asking = asyncio.create_task(client.post("/v1/generate", json={"prompt": "x", "stream": True}))
-    while not router.running:
-        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)  # until the replica has it
     [id] = router.running
     answer = await client.post(f"/v1/requests/{id}/{ending}")
     assert (answer.status_code, answer.json()) == (202, {"id": id})

@@ -135,7 +135,9 @@ async def test_what_is_no_form_is_refused(client: httpx2.AsyncClient, content: b
 async def test_a_form_with_endless_parts_is_refused(client: httpx2.AsyncClient):
     part = b'--x\r\nContent-Disposition: form-data; name="a%d"\r\n\r\n1\r\n'
     content = b"".join(part % n for n in range(1000)) + b"--x--\r\n"
-    answer = await client.post("/v1/img2img", content=content, headers={"content-type": "multipart/form-data; boundary=x"})
+    answer = await client.post(
+        "/v1/img2img", content=content, headers={"content-type": "multipart/form-data; boundary=x"}
+    )
     assert answer.status_code == 413
 
 

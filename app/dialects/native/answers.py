@@ -55,9 +55,7 @@ def from_event(event: StreamEvent) -> bytes:
             return wire.server_sent_event("done", values)
 
 
-async def from_events(
-    first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]
-) -> AsyncGenerator[bytes, None]:
+async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[bytes, None]:
     """The events of a stream; a failure is the last of them."""
     async with aclosing(rest):
         try:
