@@ -46,11 +46,12 @@ class Experiment:
         async with Serial.embedded(self._plan.threads) as serial:
             await self._calibrate(serial)
             first = await self._measure_all(serial)
-            for name in self._plan.contenders:
-                if name in CHALLENGERS:
-                    self._say(f"{name}: starting", 0, 1)
-                    async with CHALLENGERS[name](self._plan.threads) as challenger:
-                        await self._measure_all(challenger)
+        for name in self._plan.contenders:
+            if name in CHALLENGERS:
+                self._say(f"{name}: starting", 0, 1)
+                async with CHALLENGERS[name](self._plan.threads) as challenger:
+                    await self._measure_all(challenger)
+        async with Serial.embedded(self._plan.threads) as serial:
             self.results.drift = ratio(await self._again(serial), first)
         self.results.minutes = round((time.monotonic() - started) / 60, 1)
         return self.results
