@@ -199,8 +199,8 @@ def icc(space: bytes, pcs: bytes, **tags: bytes) -> bytes:
     white = struct.pack(">3i", 63190, 65536, 54061)  # D50
     kind = b"prtr" if space == b"CMYK" else b"mntr"
     head = bytes(4) + struct.pack(">I", 0x02400000) + kind + space + pcs + bytes(12) + b"acsp" + bytes(28) + white
-    head = head + bytes(124 - len(head) + 4)
-    return struct.pack(">I", len(head) + len(table) + len(body)) + head[:124] + table + body
+    head = head.ljust(124, b"\0")
+    return struct.pack(">I", 4 + len(head) + len(table) + len(body)) + head + table + body
 
 
 def swapped_rgb() -> bytes:
@@ -224,7 +224,7 @@ def only_magenta_is_black() -> bytes:
 
 def test_an_embedded_profile_is_followed():
     red = Image.new("RGB", (8, 8), (255, 0, 0))
-    for format, options in {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {}}.items():
+    for format, options in {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"quality": 95}}.items():
         pixel = Picture.from_bytes(encoded(red, format, icc_profile=swapped_rgb(), **options)).array()[0, 0]
         assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 4, format
     alpha = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
@@ -292,7 +292,7 @@ def webp_canvas(side: int) -> bytes:
 
 
 def bomb(kind: bytes) -> bytes:
-    packed = chunk(kind, b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1))
+    packed = chunk(kind, b"Comment\0\0" + zlib.compress(bytes(30_000_000), 1))
     return raw_png(np.zeros((8, 24), np.uint8), 8, 2, packed)
 
 
@@ -339,6 +339,8 @@ HOSTILE = {
     "wrong checksum of pixels": lambda: wrong_checksum(b"IDAT"),
     "wrong checksum of the header": lambda: wrong_checksum(b"IHDR"),
     "wrong checksum of a text": lambda: wrong_checksum(b"tEXt"),
+    "stray bytes": lambda: b"\xff\xd8\xff" + bytes(20_000_000),
+    "a million segments": lambda: b"\xff\xd8" + b"\xff\xe0\0\2" * 1_000_000,
     "no end": lambda: encode(NOISE, "png")[:-12],
     "a million chunks": lambda: png.SIGNATURE + chunk(b"teSt") * 1_000_000,
     **{f"half a {f}": lambda f=f: (data := encoded(Image.fromarray(NOISE), f))[: len(data) // 2] for f in INPUT_FORMATS},
@@ -365,7 +367,7 @@ def test_inspecting_refuses_it_too(name: str):
 
 
 def test_texts_behind_the_pixels_are_no_way_around_the_limits():
-    packed = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1))
+    packed = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(30_000_000), 1))
     data = raw_png(np.zeros((8, 24), np.uint8), 8, 2, after=[packed])
     for use in (Picture.from_bytes, inspect):
         with pytest.raises(InvalidRequest):
