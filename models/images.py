@@ -106,7 +106,7 @@ def inspect(encoded: bytes, field: str = "image") -> Inspection:
 
 
 def encode(array: np.ndarray, format: ImageFormat, text: Mapping[str, str] | None = None) -> bytes:
-    """Encodes uint8 (height, width, 3), with the texts of models/metadata.py. JPEG at quality 95, WebP at quality 90."""
+    """Encodes uint8 (height, width, 3) with the texts of models/metadata.py; JPEG at quality 95, WebP at 90."""
     if format == "png":
         return png.write(array, text)
     buffer = io.BytesIO()
