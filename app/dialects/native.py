@@ -23,7 +23,7 @@ from models.samplers import SAMPLERS
 JSON = "application/json"
 EVENTS = "text/event-stream"
 STREAM_PREVIEW_EVERY = 5
-OutputFormat = Literal["png", "jpeg", "jpg", "webp"]
+OutputFormat = Literal["png", "jpeg", "jpg", "webp", "avif"]
 
 
 def _within(range: Range, description: str) -> Any:
