@@ -71,7 +71,7 @@ class Engine:
         controlnets = controlnets or ControlNets({}, family.network_config, family.placement)
         self._preparation = Preparation(family, controlnets)
         self._denoiser = Denoiser(family)
-        self._delivery = Delivery(family.autoencoder, card.width * card.height, self._packed)
+        self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
         self._max_waiting = max_waiting
         self._lock = threading.Condition()  # guards the next three
         self._tickets: dict[str, _Ticket] = {}
