@@ -6,7 +6,7 @@ import torch
 from models.card import ModelCard
 from models.conditioning import Conditioner, stack
 from models.errors import InvalidRequest
-from models.family import check_network
+from models.family import takes_mask
 from models.request import EffectiveRequest, GenerationRequest
 from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline
 
@@ -68,14 +68,15 @@ def test_rows_of_a_batch_have_one_leading_axis():
     assert rows.added["time_ids"].shape == (4, 6)
 
 
-def test_a_network_that_wants_more_inputs_is_refused():
-    config = dict(pipeline("sd15").unet.config) | {"in_channels": 9}
+def test_a_network_for_inpainting_is_known_and_one_that_wants_other_inputs_is_refused():
+    config, kind = dict(pipeline("sd15").unet.config), type(pipeline("sd15").unet)
     with torch.device("meta"):
-        inpainting = type(pipeline("sd15").unet).from_config(config)
-        distilled = type(pipeline("sd15").unet).from_config(config | {"in_channels": 4, "time_cond_proj_dim": 64})
-    for unet in (inpainting, distilled):
+        assert takes_mask(kind.from_config(config | {"in_channels": 9}), 4)
+        depth = kind.from_config(config | {"in_channels": 5})
+        distilled = kind.from_config(config | {"time_cond_proj_dim": 64})
+    for unet in (depth, distilled):
         with pytest.raises(InvalidRequest, match="source"):
-            check_network(unet, 4)
+            takes_mask(unet, 4)
 
 
 def test_clip_skip_takes_an_earlier_layer_through_the_final_norm():
