@@ -117,7 +117,7 @@ class Engine:
             self._tickets.pop(ticket_id, None)
 
     def accept(self, ticket_id: str) -> None:
-        """The request's pictures end with the next step and are what that step expects. Unknown ids are done."""
+        """The request's pictures end as what their last step expected, or the first one will. Unknown ids are done."""
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
