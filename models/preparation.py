@@ -2,38 +2,41 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from models.canvas import Canvas, plan
-from models.conditioning import Conditioner
+from models.conditioning import Conditioner, Run
 from models.family import Family
 from models.images import Picture
 from models.request import EffectiveRequest
 from models.sequence import NEVER, Kept, Phase, Sequence
 from models.tapes import Tape, Tapes
+from models.tokens import Inversion
 
 
 class Preparation:
     """Makes sequences for one family. `sequence` is quick and safe in any thread; the rest belongs to the engine's."""
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, inversions: Mapping[str, Inversion] | None = None):
         self._family = family
         self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
-        self._conditioner = Conditioner(family)
+        self._conditioner = Conditioner(family, inversions=inversions)
 
     def sequence(self, request: EffectiveRequest, index: int, ticket: str) -> Sequence:
         """Picture `index` of a request, still without tensors. Raises InvalidRequest for a tape diffusers refuses."""
         one = request.sample(index)
-        now = time.monotonic()
+        phases, now = self._phases(one), time.monotonic()
         return Sequence(
             request=one,
             index=index,
             ticket=ticket,
-            phases=self._phases(one),
+            phases=phases,
+            script=self._conditioner.script(one, [self._run(phase) for phase in phases]),
             generator=torch.Generator().manual_seed(one.seed),
             submitted=now,
             deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
@@ -43,10 +46,10 @@ class Preparation:
     def join(self, sequences: list[Sequence]) -> None:
         """Encodes prompts together and makes each one's first latents. Doing it again changes nothing."""
         started = time.monotonic()
-        encoded = self._conditioner.encode([sequence.request for sequence in sequences])
-        for sequence, (rows, warnings) in zip(sequences, encoded, strict=True):
+        encoded = self._conditioner.encode([sequence.script for sequence in sequences])
+        for sequence, told in zip(sequences, encoded, strict=True):
             if sequence.history is None:
-                sequence.conditioning, sequence.warnings = rows, warnings
+                sequence.conditioning, sequence.reports, sequence.warnings = told.rows, told.reports, told.warnings
                 self._begin(sequence)
                 sequence.joined, sequence.encoded = started, time.monotonic()
 
@@ -90,6 +93,10 @@ class Preparation:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
         return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+
+    def _run(self, phase: Phase) -> Run:
+        factor = self._autoencoder.factor
+        return Run(phase.tape.steps, width=phase.shape[2] * factor, height=phase.shape[1] * factor)
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)

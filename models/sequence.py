@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 
 from models.canvas import Canvas
-from models.family import Conditioning
+from models.conditioning import Row, Script
 from models.images import Picture
 from models.parts import Enlargement
+from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.tapes import HISTORY, Tape
 
@@ -55,6 +56,7 @@ class Sequence:
     index: int
     ticket: str
     phases: tuple[Phase, ...]
+    script: Script
     generator: torch.Generator
     submitted: float
     deadline: float = math.inf
@@ -65,7 +67,8 @@ class Sequence:
     estimate: torch.Tensor | None = None
     kept: Kept | None = None
     inputs: torch.Tensor | None = None
-    conditioning: list[Conditioning] = field(default_factory=list)
+    conditioning: list[Row] = field(default_factory=list)
+    reports: dict[str, PromptReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     joined: float = 0.0
     encoded: float = 0.0
@@ -86,7 +89,7 @@ class Sequence:
 
     @property
     def rows(self) -> int:
-        return 2 if self.request.guided else 1
+        return len(self.script.lines)
 
     @property
     def steps(self) -> int:
