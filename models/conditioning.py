@@ -99,7 +99,7 @@ class Conditioner:
             sizes.append((len(numbers), (run.width, run.height)))
             numbers += [done + number for number in run.steps]
             done += run.steps[-1] + 1 if run.steps else 0
-        steps = runs[0].steps[-1] + 1 if runs[0].steps else 1
+        steps = runs[0].steps[-1] + 1 if runs[0].steps else request.steps
         parts = parse("prompt", request.prompt, request.prompt_syntax)
         lines = [self._line(part, part.timeline(numbers, steps), request.clip_skip) for part in parts]
         if request.guided or len(lines) > 1:
@@ -165,9 +165,7 @@ class Conditioner:
     ) -> tuple[tuple[int, Conditioning], ...]:
         """Both timelines as one."""
         changes = sorted({first for first, _ in embeddings} | {first for first, _ in sizes})
-        return tuple(
-            (first, self._family.condition(_at(embeddings, first), *_at(sizes, first))) for first in changes
-        )
+        return tuple((first, self._family.condition(_at(embeddings, first), *_at(sizes, first))) for first in changes)
 
 
 def stack(rows: Sequence[Conditioning]) -> Conditioning:
@@ -176,7 +174,9 @@ def stack(rows: Sequence[Conditioning]) -> Conditioning:
     lengths = {len(row.context) for row in rows}
     mask = None
     if len(lengths) > 1 or any(row.mask is not None for row in rows):
-        masks = [row.context.new_ones(len(row.context), dtype=torch.bool) if row.mask is None else row.mask for row in rows]
+        masks = [
+            row.context.new_ones(len(row.context), dtype=torch.bool) if row.mask is None else row.mask for row in rows
+        ]
         mask = pad_sequence(masks, batch_first=True)
     return Conditioning(context=pad_sequence([row.context for row in rows], batch_first=True), added=added, mask=mask)
 

@@ -78,16 +78,18 @@ class _Emphasis:
 
 @dataclass(frozen=True)
 class _Change:
-    """`before` for the first `when` steps, or that share of them all; `after` from there on."""
+    """The first option for `when` steps, or for that share of them all; the second from there on."""
 
-    before: "_Items"
-    after: "_Items"
+    options: tuple["_Items", ...]
     when: float
     share: bool
     factor = 1.0
 
+    def choice(self, step: int, steps: int) -> int:
+        return int(step >= (int(self.when * steps + 1e-9) if self.share else self.when))
+
     def at(self, step: int, steps: int) -> "_Items":
-        return self.before if step < (int(self.when * steps + 1e-9) if self.share else self.when) else self.after
+        return self.options[self.choice(step, steps)]
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,11 @@ class _Turns:
     options: tuple["_Items", ...]
     factor = 1.0
 
+    def choice(self, step: int, steps: int) -> int:
+        return step % len(self.options)
+
     def at(self, step: int, steps: int) -> "_Items":
-        return self.options[step % len(self.options)]
+        return self.options[self.choice(step, steps)]
 
 
 _Item: TypeAlias = str | _Mark | _Emphasis | _Change | _Turns
@@ -110,7 +115,7 @@ class Part:
     field: str
     items: _Items
     weight: float = 1.0
-    changes: bool = False
+    changes: "tuple[_Change | _Turns, ...]" = ()
 
     def at(self, step: int, steps: int) -> Text:
         """The text at a step, counted from 0, of so many. Raises InvalidRequest where a weight is out of range."""
@@ -131,17 +136,18 @@ class Part:
 
         Shares count of `steps`. Raises InvalidRequest for more than 32 different texts, or weights out of range.
         """
-        text, last = self.at(0, steps), 0
-        line, texts = [(0, text)], {text}
-        for forward, number in enumerate(numbers if self.changes else ()):
-            if number == last:
-                continue
-            text, last = self.at(number, steps), number
-            if text != line[-1][1]:
-                line.append((forward, text))
-                texts.add(text)
-            if len(texts) > VARIANTS:
-                raise InvalidRequest(self.field, f"becomes more than {VARIANTS} different texts; change it less often")
+        texts: dict[tuple[int, ...], Text] = {}
+        line: list[tuple[int, Text]] = []
+        for forward, number in enumerate(numbers or (0,)):
+            choices = tuple(change.choice(number, steps) for change in self.changes)
+            if choices not in texts:
+                if len(texts) == VARIANTS:
+                    raise InvalidRequest(
+                        self.field, f"becomes more than {VARIANTS} different texts; change it less often"
+                    )
+                texts[choices] = self.at(number, steps)
+            if not line or texts[choices] != line[-1][1]:
+                line.append((forward, texts[choices]))
         return tuple(line)
 
     def _check(self, span: Span) -> None:
@@ -187,7 +193,7 @@ class _Reader:
         self._field = field
         self._open: list[tuple[str, _Items]] = [("", [])]  # the bracket, and what stands in it so far
         self._parts: list[_Items] = []
-        self._changes = False
+        self._changes: list[_Change | _Turns] = []
 
     def read(self, prompt: str) -> tuple[Part, ...]:
         end = 0
@@ -201,7 +207,7 @@ class _Reader:
             self._add(_Emphasis(_literal(items), _MORE if bracket == "(" else 1 / _MORE))
         self._parts.append(self._open[0][1])
         if len(self._parts) == 1:
-            return (Part(self._field, _literal(self._parts[0]), changes=self._changes),)
+            return (Part(self._field, _literal(self._parts[0]), changes=tuple(self._changes)),)
         return self._composed()
 
     def _text(self, text: str) -> None:
@@ -240,18 +246,20 @@ class _Reader:
     def _square(self, items: _Items) -> _Item:
         options = _split(items, _Mark.BAR)
         if len(options) > 1:
-            self._changes = True
-            return _Turns(tuple(_literal(option) for option in options))
+            return self._changing(_Turns(tuple(_literal(option) for option in options)))
         texts, (_, number) = _split(items[:-2], _Mark.COLON), _numbered(items)
         if number is None or len(texts) > 2:
             return _Emphasis(_literal(items), 1 / _MORE)
-        self._changes = True
         share, when = "." in number, float(number)
         if when < 0 or (share and when > 1):
             raise InvalidRequest(
                 self._field, f"changes at {number}: say a share of the steps, 0.0 to 1.0, or a whole number of steps"
             )
-        return _Change(texts[0] if len(texts) == 2 else [], texts[-1], when, share)
+        return self._changing(_Change((texts[0] if len(texts) == 2 else [], texts[-1]), when, share))
+
+    def _changing(self, change: "_Change | _Turns") -> _Item:
+        self._changes.append(change)
+        return change
 
     def _compose(self) -> None:
         if self._field != "prompt":
@@ -273,7 +281,7 @@ class _Reader:
             if not PART_WEIGHT.low <= weight <= PART_WEIGHT.high:
                 allowed = f"must be between {PART_WEIGHT.low:g} and {PART_WEIGHT.high:g}"
                 raise InvalidRequest(self._field, f"the weight of a part {allowed}, not {weight:g}")
-            parts.append(Part(self._field, content, weight, self._changes))
+            parts.append(Part(self._field, content, weight, tuple(self._changes)))
         return tuple(parts)
 
 

@@ -98,7 +98,9 @@ def cut(tokenizers: Sequence[Any], wording: Wording) -> Cut:
         chunks=len(kept),
         truncated="".join(word.text for group in left for word in group).strip(),
     )
-    return Cut(tuple([_chunk(t, k, group, wording.clip_skip) for group in kept] for k, t in enumerate(tokenizers)), report)
+    return Cut(
+        tuple([_chunk(t, k, group, wording.clip_skip) for group in kept] for k, t in enumerate(tokenizers)), report
+    )
 
 
 def _packed(words: Sequence[_Word], room: int) -> list[list[_Word]]:
@@ -148,9 +150,13 @@ def _aligned(tokenizers: Sequence[Any], span: Span) -> Iterator[_Word]:
     for k, words in enumerate(read):
         for start, tokens in words:
             ids[bisect_right(starts, start) - 1][k].extend(tokens)
+    lead = ""  # what no encoder reads
     for start, end, one in zip(starts, [*starts[1:], len(span.text)], ids, strict=True):
-        if any(one):
-            yield _Word(span.text[start:end], one, span.weight)
+        if not any(one):
+            lead += span.text[start:end]
+            continue
+        yield _Word(lead + span.text[start:end], one, span.weight)
+        lead = ""
 
 
 def _tokenized(tokenizer: Any, text: str) -> list[tuple[int, list[int]]]:

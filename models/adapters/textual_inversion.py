@@ -21,7 +21,8 @@ class TextualInversion:
 
     @classmethod
     def load(cls, path: Path) -> "TextualInversion":
-        """Reads a safetensors file: A1111's (`emb_params`), diffusers' ({token: embeddings}), SDXL's (`clip_l`, `clip_g`).
+        """Reads a safetensors file: A1111's (`emb_params`), diffusers' ({token: embeddings}), SDXL's (`clip_l` and
+        `clip_g`).
 
         Raises InvalidRequest for any other file, embeddings that are no finite numbers, or more than 75 of them.
         """

@@ -134,7 +134,9 @@ def test_names_are_whole_words_or_in_angle_brackets(inversions, text, found):
 def test_each_vector_takes_a_token_and_the_word_its_weight(inversions):
     tokenizer = pipeline("sd15").tokenizer
     named_here = (("quux", inversions["quux"]),)
-    [[chunk]] = cut([tokenizer], Wording(((Span("a "), Span("<quux>", 1.3), Span(" b")),), inversions=named_here)).chunks
+    [[chunk]] = cut(
+        [tokenizer], Wording(((Span("a "), Span("<quux>", 1.3), Span(" b")),), inversions=named_here)
+    ).chunks
     assert chunk.weights[:6] == [1.0, 1.0, 1.3, 1.3, 1.3, 1.0]
     assert list(chunk.vectors) == [2]
     crowded = cut([tokenizer], Wording(((Span("red " * 73 + "quux"),),), inversions=named_here))
@@ -143,7 +145,9 @@ def test_each_vector_takes_a_token_and_the_word_its_weight(inversions):
 
 
 def test_one_made_for_another_model_is_refused_when_it_is_asked_for(inversions):
-    with pytest.raises(InvalidRequest, match=r"'flarb' was made for another base model.* 128 and 128 wide.* 128$") as no:
+    with pytest.raises(
+        InvalidRequest, match=r"'flarb' was made for another base model.* 128 and 128 wide.* 128$"
+    ) as no:
         engine("sd15", inversions).submit(ask("a flarb"), lambda event: None)
     assert no.value.field == "prompt"
     with pytest.raises(InvalidRequest, match="another base model") as no:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.prompt import Span, parse
+from models.prompt import parse
 from models.tokens import CHUNKS, Wording, cut
 from tests.models.conftest import pipeline
 
@@ -83,8 +83,8 @@ def test_what_is_beyond_the_last_chunk_is_told_as_it_was_written():
 def test_all_encoders_get_the_same_spans():
     first, second = tokenizers("sdxl")
     second = type(second)(vocab=second.get_vocab(), merges=first._merges, model_max_length=77, pad_token="re")
-    words = "a red circle and a hare " * 20
-    assert len(second(words).input_ids) > len(first(words).input_ids)
+    words = "a red circle , " * 30
+    assert len(second("red").input_ids) > len(first("red").input_ids)
     cutting = cut([first, second], Wording.plain(words))
     ours, theirs = cutting.chunks
     assert len(ours) == len(theirs) == cutting.report.chunks
@@ -92,4 +92,3 @@ def test_all_encoders_get_the_same_spans():
         said = [content(t, chunk).replace(" ", "") for t, chunk in ((first, one), (second, other))]
         assert said[0] == said[1]
         assert len(one.ids) == len(other.ids) == 77
-    assert Span("x").weight == 1.0
