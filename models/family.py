@@ -8,27 +8,29 @@ import torch
 
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
+from models.prompt import PromptReport
+from models.tokens import Wording
 from models.weights import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """A prompt as a family's text encoders see it.
+    """A text as a family's text encoders see it.
 
-    `context` (tokens, width) and, where the family has one, `pooled` (width,); `truncated` is the text that did not
-    fit, empty when all did.
+    `context` (tokens, width), of all chunks one after the other, and, where the family has one, `pooled` (width,), of
+    the first chunk.
     """
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
-    truncated: str = ""
+    report: PromptReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name.
 
-    `mask` (tokens,), where there is one, is true for the tokens that are no padding.
+    Where `mask` (tokens,), bool, is false the context is padding; None means that there is none.
     """
 
     context: torch.Tensor
@@ -51,8 +53,11 @@ class Family(Protocol):
     zero_empty_negative: bool
     """Whether an empty negative prompt means zeros instead of the empty text's embedding (SDXL)."""
 
-    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
-        """Text encoders over several prompts at once; `clip_skip` last layers are left out."""
+    text_widths: tuple[int, ...]
+    """The width of each text encoder's token embeddings."""
+
+    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+        """Text encoders over several texts at once."""
         ...
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:

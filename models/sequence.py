@@ -7,9 +7,10 @@ import torch
 
 from models.adapters.controlnet import Control
 from models.canvas import Canvas
-from models.family import Conditioning
+from models.conditioning import Row, Script
 from models.images import Picture
 from models.parts import Enlargement
+from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.tapes import HISTORY, Tape
 
@@ -57,6 +58,7 @@ class Sequence:
     index: int
     ticket: str
     phases: tuple[Phase, ...]
+    script: Script
     generator: torch.Generator
     submitted: float
     deadline: float = math.inf
@@ -67,7 +69,8 @@ class Sequence:
     estimate: torch.Tensor | None = None
     kept: Kept | None = None
     inputs: torch.Tensor | None = None
-    conditioning: list[Conditioning] = field(default_factory=list)
+    conditioning: list[Row] = field(default_factory=list)
+    reports: dict[str, PromptReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     joined: float = 0.0
     encoded: float = 0.0
@@ -92,7 +95,7 @@ class Sequence:
 
     @property
     def rows(self) -> int:
-        return 2 if self.request.guided else 1
+        return len(self.script.lines)
 
     @property
     def steps(self) -> int:
