@@ -60,7 +60,7 @@ RECIPES = {
             rank=4,
             alpha=4,
             kohya=True,
-            steps=500,
+            steps=280,
             learning_rate=2e-3,
         ),
         Recipe(
