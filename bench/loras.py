@@ -75,8 +75,11 @@ def main(
 
 
 def put_into(readme: Path, text: str) -> None:
-    """Replaces what stands between the two marks."""
-    before, _, rest = readme.read_text().partition(BEGIN)
+    """Replaces what stands between the two marks. Raises ValueError where they are missing."""
+    text_before = readme.read_text()
+    if BEGIN not in text_before or END not in text_before:
+        raise ValueError(f"{readme} has no marks for this table")
+    before, _, rest = text_before.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 

@@ -71,8 +71,8 @@ RECIPES = {
             rank=8,
             alpha=16,
             kohya=False,
-            steps=300,
-            learning_rate=1e-3,
+            steps=160,
+            learning_rate=2e-3,
         ),
         Recipe(
             name="framed-xl",
@@ -82,8 +82,8 @@ RECIPES = {
             rank=4,
             alpha=8,
             kohya=False,
-            steps=300,
-            learning_rate=1e-3,
+            steps=160,
+            learning_rate=2e-3,
         ),
     )
 }
@@ -160,7 +160,7 @@ def train_lora(recipe: Recipe, pipe: DiffusionPipeline, folder: Path, scale: flo
 
     steps = max(2, round(recipe.steps * scale))
     plan = Plan(
-        name=f"lora_{recipe.name}", steps=steps, learning_rate=recipe.learning_rate, averaging=0.98, weight_decay=0.0
+        name=f"lora_{recipe.name}", steps=steps, learning_rate=recipe.learning_rate, averaging=0.98, weight_decay=0.0, checkpoint_every=50
     )
     train(networks, plan, loss, folder=folder, device=torch.device("cpu"))
     pipe.unet.set_default_attn_processor()
