@@ -238,7 +238,7 @@ def test_warm_up_measures_a_cap():
 
 
 def test_a_truncated_prompt_is_told(engine):
-    [[finished]] = engine.generate([ask(prompt="a red circle " * 60)])
+    [[finished]] = engine.generate([ask(prompt="a red circle " * 420)])
     assert any("left out" in warning for warning in finished.warnings)
 
 
