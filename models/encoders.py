@@ -9,6 +9,7 @@ import torch
 from models.tokens import Chunk
 
 _TOGETHER = 32  # chunks in one call
+_BACK = 2.0  # times at most that a mean is put back by
 
 
 def widths(*models: Any) -> tuple[int, ...]:
@@ -40,14 +41,16 @@ def normalized(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def emphasized(hidden: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
     """Hidden states (chunks, tokens, width) times each token's weight, each chunk's mean put back to what it was.
 
-    A1111's way. Chunks of which all weights are 1 stay exactly as they are.
+    A1111's way. Where the mean is next to nothing, as SDXL's can be, putting it back would turn the chunk over or blow
+    it up; there the product stays as it is. Chunks of which all weights are 1 stay exactly as they are.
     """
     heavy = [i for i, chunk in enumerate(chunks) if any(weight != 1.0 for weight in chunk.weights)]
     if not heavy:
         return hidden
     before = hidden[heavy].float()
     after = before * torch.tensor([chunks[i].weights for i in heavy], device=hidden.device)[..., None]
-    after = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
+    back = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
+    after = after * torch.where((back > 1 / _BACK) & (back < _BACK), back, torch.ones_like(back))
     emphasized = hidden.clone()
     emphasized[heavy] = after.to(hidden.dtype)
     return emphasized
