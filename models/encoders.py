@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from models.family import Encoding
 from models.tokens import Chunk
 
 _TOGETHER = 32  # chunks in one call
@@ -17,14 +18,16 @@ def widths(*models: Any) -> tuple[int, ...]:
     return tuple(model.get_input_embeddings().weight.shape[1] for model in models)
 
 
-def hidden_states(model: Any, chunks: Sequence[Chunk], last: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_states(
+    model: Any, chunks: Sequence[Chunk], last: int, encoding: Encoding
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk's hidden state, (chunks, tokens, width), of the layer that is `last` from the end where none is left
     out; and the model's first output (chunks, ...), which is the pooled one where it projects."""
     states, first = [], []
     for start in range(0, len(chunks), _TOGETHER):
         some = chunks[start : start + _TOGETHER]
         ids = torch.tensor([chunk.ids for chunk in some], device=model.get_input_embeddings().weight.device)
-        with _own_words(model, some):
+        with _own_words(model, some), encoding([chunk.loras for chunk in some]):
             output = model(ids, output_hidden_states=True)
         states += [output.hidden_states[-(last + chunk.clip_skip)][i] for i, chunk in enumerate(some)]
         first.append(output[0])

@@ -2,54 +2,55 @@
 
 import math
 import time
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from models.adapters.controlnet import ControlNets
+from models.adapters.registered import Adapters
 from models.canvas import Canvas, plan
-from models.conditioning import Conditioner, Run, Script
+from models.conditioning import Conditioner, Run
 from models.family import Family
 from models.images import Picture
 from models.request import EffectiveRequest
 from models.sequence import NEVER, Kept, Phase, Sequence
 from models.tapes import Tape, Tapes
-from models.tokens import Inversion
 
 
 class Preparation:
     """Makes sequences for one family. `sequences` is quick and safe in any thread; the rest belongs to the engine's."""
 
-    def __init__(self, family: Family, controlnets: ControlNets, inversions: Mapping[str, Inversion] | None = None):
+    def __init__(self, family: Family, adapters: Adapters):
         self._family = family
-        self._controlnets = controlnets
+        self._adapters = adapters
         self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
-        self._conditioner = Conditioner(family, inversions=inversions)
+        self._conditioner = Conditioner(family, adapters.inversions, adapters.loras.encoding)
 
     def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
-        """A request's pictures, still without tensors. Raises InvalidRequest for a bad tape, mask or prompt."""
-        phases = self._phases(request)  # alike for all: only their noise differs
-        script = self._conditioner.script(request, [self._run(phase) for phase in phases])
-        return [self._sequence(request.sample(i), i, ticket, phases, script) for i in range(request.samples)]
+        """A request's pictures, still without tensors.
 
-    def _sequence(
-        self, one: EffectiveRequest, index: int, ticket: str, phases: tuple[Phase, ...], script: Script
-    ) -> Sequence:
+        Raises InvalidRequest for a bad tape, mask, prompt or adapter, and NotFound for one that is not registered.
+        """
+        mix, phases = self._adapters.loras.mix(request.adapters), self._phases(request)
+        runs = [self._run(phase) for phase in phases]
+        script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
         now = time.monotonic()
-        return Sequence(
-            request=one,
-            index=index,
-            ticket=ticket,
-            phases=phases,
-            script=script,
-            generator=torch.Generator().manual_seed(one.seed),
-            submitted=now,
-            deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
-            stop=NEVER if one.stop_at_step is None else one.stop_at_step,
-        )
+        return [
+            Sequence(
+                request=one,
+                index=index,
+                ticket=ticket,
+                phases=phases,
+                script=script,
+                mix=mix,
+                generator=torch.Generator().manual_seed(one.seed),
+                submitted=now,
+                deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
+                stop=NEVER if one.stop_at_step is None else one.stop_at_step,
+            )
+            for index, one in enumerate(request.sample(i) for i in range(request.samples))
+        ]
 
     def join(self, sequences: list[Sequence]) -> None:
         """Encodes prompts together and makes each one's first latents. Doing it again changes nothing."""
@@ -88,7 +89,7 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
-        controls = self._controlnets.controls(one.controls, one.width, one.height)
+        controls = self._adapters.controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
             first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
         elif one.task == "img2img":
@@ -103,7 +104,7 @@ class Preparation:
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        controls = self._controlnets.controls(one.controls, *one.largest)
+        controls = self._adapters.controlnets.controls(one.controls, *one.largest)
         return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
 
     def _run(self, phase: Phase) -> Run:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.adapters.controlnet import Control, ControlBatch, ControlNet, ControlNets
+from models.adapters.registered import Adapters
 from models.card import ModelCard
 from models.embedded.captions import plain_caption
 from models.embedded.controlnets.agreement import agreement, questions
@@ -54,14 +55,17 @@ def other(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+def adapters(model: str, other: dict[str, Path]) -> Adapters:
+    return Adapters(loaded_family(model), controlnets={"canny": canny(model), "other": other[model]})
+
+
 def controlnets(model: str, other: dict[str, Path]) -> ControlNets:
-    family = loaded_family(model)
-    return ControlNets({"canny": canny(model), "other": other[model]}, family.network_config, family.placement)
+    return adapters(model, other).controlnets
 
 
 def engine(model: str, other: dict[str, Path]) -> Engine:
     card = ModelCard.read(model, FAMILIES[model], folder(model))
-    return Engine(loaded_family(model), card, max_waiting=100, controlnets=controlnets(model, other))
+    return Engine(loaded_family(model), card, max_waiting=100, adapters=adapters(model, other))
 
 
 def colours() -> Picture:

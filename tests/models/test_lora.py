@@ -15,8 +15,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from models.adapters.lora import LoraLayers, load
+from models.adapters.registered import Adapters
 from models.adapters.registry import Registry
-from models.conditioning import Conditioner
 from models.embedded.concepts import CONCEPTS
 from models.embedded.lora import RECIPES
 from models.engine import Engine
@@ -24,7 +24,7 @@ from models.errors import InvalidRequest, NotFound
 from models.loras import Loras
 from models.parts import AdapterUse
 from models.request import GenerationRequest
-from tests.models.conftest import FAMILIES, folder, loaded_family, new_engine
+from tests.models.conftest import folder, loaded_family, new_engine
 
 SHIPPED = Path("models/embedded/loras")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -37,9 +37,7 @@ Numbers = dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]
 
 
 def networks(model: str) -> dict[str, nn.Module]:
-    family = loaded_family(model)
-    encoders = [family._text_encoder] if FAMILIES[model] == "sd" else [e for _, e in family._encoders]
-    return {"unet": family._unet} | dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
+    return dict(loaded_family(model).networks)
 
 
 def numbers(model: str, seed: int, rank: int = 4, layers: tuple[str, ...] = ATTENTION, text: bool = True) -> Numbers:
@@ -331,31 +329,7 @@ def test_channels_last_networks_are_served_as_well():
 
 def engine_with(model: str, registered: Path) -> Engine:
     """An engine whose requests' adapters are found in that folder."""
-    engine, family = new_engine(model), loaded_family(model)
-    loras = Loras(Registry(registered), networks(model), torch.device("cpu"))
-    step = engine._denoiser.step
-
-    class Encoding:
-        def __init__(self, mix):
-            self._mix = mix
-
-        def __getattr__(self, name):
-            return getattr(family, name)
-
-        def embed(self, prompts, *options):
-            with loras.encoding([self._mix] * len(prompts)):
-                return family.embed(prompts, *options)
-
-    def encode(requests):
-        return [Conditioner(Encoding(loras.mix(one.adapters))).encode([one])[0] for one in requests]
-
-    def stepping(sequences):
-        with loras.denoising([mix for s in sequences for mix in [loras.mix(s.request.adapters)] * s.rows]):
-            return step(sequences)
-
-    engine._preparation._conditioner.encode = encode
-    engine._denoiser.step = stepping
-    return engine
+    return new_engine(model, adapters=Adapters(loaded_family(model), registered))
 
 
 @pytest.fixture(scope="module")
