@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -99,7 +98,11 @@ def sgm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """kohya's names for SDXL: those of the original code, whose blocks are counted through."""
     renamed = {}
     for key, tensor in tensors.items():
-        for first, block in (("down_blocks_1_attentions_0", "input_blocks_4_1"), ("mid_block_attentions_0", "middle_block_1"), ("up_blocks_0_attentions_1", "output_blocks_1_1")):
+        for first, block in (
+            ("down_blocks_1_attentions_0", "input_blocks_4_1"),
+            ("mid_block_attentions_0", "middle_block_1"),
+            ("up_blocks_0_attentions_1", "output_blocks_1_1"),
+        ):
             key = key.replace(first, block)
         renamed[key] = tensor
     return renamed
@@ -416,8 +419,8 @@ def test_a_lora_used_at_weight_zero_must_still_exist(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Iterator[dict[str, list[np.ndarray]]]:
-    """For each LoRA of sd15, pictures of its word without it, with it, and of something ordinary with it."""
+def shipped() -> dict[tuple[str, float], list[dict[str, bool]]]:
+    """For each LoRA the scores of four pictures of its word, without it and with it."""
     requests, scenes = {}, {}
     rng = np.random.default_rng(5)
     for name in ("crescent", "framed"):
@@ -430,7 +433,7 @@ def shipped() -> Iterator[dict[str, list[np.ndarray]]]:
             ]
     flat = [request for some in requests.values() for request in some]
     drawn_in_order = iter(engine_with("sd15", SHIPPED).generate(flat))
-    yield {
+    return {
         key: [
             CONCEPTS[key[0]].score(Image.open(io.BytesIO(next(drawn_in_order)[0].data)), scene)
             for scene in scenes[key[0]]
