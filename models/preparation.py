@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Preparation:
             request=one,
             index=index,
             ticket=ticket,
-            phases=self._phases(one),
+            phases=tuple(self._steered(one, phase) for phase in self._phases(one)),
             generator=torch.Generator().manual_seed(one.seed),
             submitted=now,
             deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
@@ -79,23 +80,25 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
-        controls = self._controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
-            first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
         elif one.task == "img2img":
             picture = one.image.resized(one.width, one.height)
-            tape = self._tape(one, one.steps, one.denoise_strength)
-            first = Phase(tape=tape, shape=shape, picture=picture, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            tape = self._tape(one, one.steps, strength)
-            first = Phase(tape=tape, shape=shape, canvas=plan(one, one.image), controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        controls = self._controlnets.controls(one.controls, *one.largest)
-        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+
+    def _steered(self, one: EffectiveRequest, phase: Phase) -> Phase:
+        """The phase with the request's ControlNets, their hints of its size."""
+        factor = self._autoencoder.factor
+        width, height = phase.shape[2] * factor, phase.shape[1] * factor
+        return replace(phase, controls=self._controlnets.controls(one.controls, width, height))
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)
