@@ -6,6 +6,7 @@ from typing import Literal
 from models.events import Event
 
 ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
+Ending = Literal["accept", "cancel"]  # how a running request may be made to end before its time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.events import Admitted, ReplicaEvent
 from app.settings import ModelSettings, cores
-from models.errors import HeliographError
+from models.errors import Cancelled, HeliographError
 from models.events import Event, Failed, Finished
 from models.request import EffectiveRequest
 
@@ -19,11 +19,13 @@ class Model:
 
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
+        self._listening: dict[str, asyncio.Queue[Event]] = {}
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
 
-    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
-        """Runs one request and yields its events, Admitted first; Progress only where `progress` asks for it, since
-        each event costs a millisecond on its way. A caller who stops listening cancels the request.
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+        """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
+
+        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way.
 
         A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
@@ -35,17 +37,18 @@ class Model:
         submitting = loop.run_in_executor(
             None,
             lambda: self._engine.submit(
-                request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), progress=progress
+                request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), progress=progress, id=id
             ),
         )
         try:
-            id = await asyncio.shield(submitting)
+            await asyncio.shield(submitting)
         except HeliographError as refusal:
             yield Failed(error=refusal)
             return
         except asyncio.CancelledError:
-            submitting.add_done_callback(self._cancel_submitted)
+            submitting.add_done_callback(lambda _: self._engine.cancel(id))
             raise
+        self._listening[id] = events
         try:
             yield Admitted(waiting=waiting, revision=self._engine.revision)
             unfinished = request.samples
@@ -56,12 +59,20 @@ class Model:
                     return
                 unfinished -= isinstance(event, Finished)
         finally:
+            del self._listening[id]
             self._engine.cancel(id)
 
-    def _cancel_submitted(self, submitting: asyncio.Future[str]) -> None:
-        """For a caller who left before the engine had named the request."""
-        if submitting.exception() is None:
-            self._engine.cancel(submitting.result())
+    async def accept(self, id: str) -> bool:
+        """Ends a request with what its next step expects. False where no such request runs here."""
+        if id in self._listening:
+            self._engine.accept(id)
+        return id in self._listening
+
+    async def cancel(self, id: str) -> bool:
+        """Ends a request with Cancelled for whoever listens. False where no such request runs here."""
+        if id in self._listening:
+            self._listening[id].put_nowait(Failed(error=Cancelled("the request was cancelled by its id")))
+        return id in self._listening
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how busy it is."""
@@ -93,21 +104,25 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
     import torch
 
     from models import families
-    from models.engine import Engine
+    from models.engine import Engine, host
 
     # Ray sets OMP_NUM_THREADS from num_cpus, which counts for placement only.
-    torch.set_num_threads(settings.threads or cores())
-    family = families.load(
-        family=settings.family,
-        source=settings.located_source,
-        revision=settings.revision,
-        config=settings.config,
-        device=settings.device,
-        dtype=settings.dtype,
-        offload=settings.offload,
-    )
-    engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
-    if warm_up:
-        engine.warm_up(settings.max_rows)
-    engine.start()
-    return engine, {"name": settings.name, "family": settings.family, "threads": torch.get_num_threads()}
+    threads = settings.threads or cores()
+
+    def make() -> Engine:
+        torch.set_num_threads(threads)
+        family = families.load(
+            family=settings.family,
+            source=settings.located_source,
+            revision=settings.revision,
+            config=settings.config,
+            device=settings.device,
+            dtype=settings.dtype,
+            offload=settings.offload,
+        )
+        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
+        if warm_up:
+            engine.warm_up(settings.max_rows)
+        return engine
+
+    return host(make), {"name": settings.name, "family": settings.family, "threads": threads}

@@ -6,7 +6,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from app.events import Admitted, ModelState, ReplicaEvent
+from app.events import Admitted, Ending, ModelState, ReplicaEvent
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished
@@ -29,6 +29,7 @@ STATUS_AGE_S = 1.0
 STATUS_PATIENCE_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
+TELL_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
 
 
 class Router:
@@ -44,14 +45,14 @@ class Router:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
 
-    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out."""
         deadline = time.monotonic() + self._patience_s(request)
         delivered: set[int] = set()
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                async with aclosing(self._attempt(request, progress, deadline)) as events:
+                async with aclosing(self._attempt(request, progress, id, deadline)) as events:
                     async for event in events:
                         if not _is_repeated(event, delivered, attempt):
                             yield event
@@ -64,13 +65,31 @@ class Router:
                         "replica_lost", "the replica died while it worked on the request; send it again"
                     ) from death
 
+    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
+        """Asks every replica of the models to end a request. False where none of them has it.
+
+        Nobody knows which replica it is on: another gateway may have sent it there.
+        """
+        return any(await asyncio.gather(*(self._tell(model, ending, id) for model in models)))
+
+    async def _tell(self, model: str, ending: Ending, id: str) -> bool:
+        if await self._states.of(model) != "ready":
+            return False
+        try:
+            handle = await self._handle(model)
+            asked = handle.broadcast(ending, id)
+            answers = await asked.results_async(timeout_s=TELL_PATIENCE_S, return_exceptions=True)
+        except (GenerationFailed, RayError, RayServeException, TimeoutError):  # nothing of it runs any more
+            return False
+        return any(answer is True for answer in answers)
+
     def _patience_s(self, request: EffectiveRequest) -> float:
         if request.deadline_s is None:
             return self._request_timeout_s
         return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
 
     async def _attempt(
-        self, request: EffectiveRequest, progress: bool, deadline: float
+        self, request: EffectiveRequest, progress: bool, id: str, deadline: float
     ) -> AsyncGenerator[ReplicaEvent, None]:
         left_s = deadline - time.monotonic()
         if request.deadline_s is not None:
@@ -79,7 +98,7 @@ class Router:
         try:
             async with asyncio.timeout(left_s):
                 handle = await self._handle(request.model)
-                response = handle.generate.remote(request, progress)
+                response = handle.generate.remote(request, progress, id)
             while True:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     event = await anext(response, None)

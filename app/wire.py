@@ -3,9 +3,9 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -13,11 +13,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app import multipart
 from app.errors import MalformedBody, NotAcceptable
 from models.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
+
+MAX_PARTS = 64  # of a multipart body
+MAX_FIELD_BYTES = 1024 * 1024  # of a text field in it
 
 
 async def read_json(request: Request, body: type[Body]) -> Body:
@@ -31,10 +35,23 @@ async def read_json(request: Request, body: type[Body]) -> Body:
         raise MalformedBody("body", f"is not valid JSON: {malformed}") from malformed
     if not isinstance(values, dict):
         raise MalformedBody("body", "must be a JSON object")
+    return validate(values, body)
+
+
+def validate(values: dict[str, Any], body: type[Body]) -> Body:
+    """The wire model of the values. Raises InvalidRequest for the first fault, naming a field as `controls.0.name`."""
     try:
         return body.model_validate(values)
     except ValidationError as wrong:
         raise _invalid(wrong, body) from wrong
+
+
+async def read_multipart(
+    request: Request, max_parts: int = MAX_PARTS, max_field_bytes: int = MAX_FIELD_BYTES
+) -> multipart.Form:
+    """The text fields and the files of a multipart/form-data body. Raises what multipart.parse raises."""
+    body, kind = await request.body(), request.headers.get("content-type", "")
+    return await asyncio.to_thread(multipart.parse, body, kind, max_parts, max_field_bytes)
 
 
 def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
@@ -43,12 +60,28 @@ def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
     field = ".".join(str(part) for part in fault["loc"]) or "body"
     match fault["type"]:
         case "extra_forbidden":
-            message = f"unknown field; the fields are: {', '.join(body.model_fields)}"
+            names = _model_at(body, fault["loc"][:-1]).model_fields
+            message = f"unknown field; the fields are: {', '.join(names)}"
         case "missing":
             message = "is required"
         case _:
             message = fault["msg"]
     return InvalidRequest(field, message)
+
+
+def _model_at(body: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The wire model that stands at a path inside another one."""
+    for name in (part for part in path if isinstance(part, str)):
+        body = next(_models_in(body.model_fields[name].annotation))
+    return body
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """The wire models of which a type is made: those of `list[ControlPart] | None`, say."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models_in(part)
 
 
 def decode_base64(text: str, field: str) -> bytes:

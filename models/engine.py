@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from models.adapters.controlnet import ControlNets
+from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
 from models.delivery import Delivery, Packed
 from models.denoiser import Denoiser
-from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
+from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, Overloaded
 from models.events import Event, Failed, Finished, Progress, Timings
 from models.family import Family
 from models.images import encode_preview
 from models.preparation import Preparation
-from models.request import GenerationRequest
+from models.request import GenerationRequest, warm_up_request
 from models.sequence import Sequence
 
 OnEvent = Callable[[Event], None]
@@ -62,6 +63,7 @@ class Engine:
     def __init__(
         self, family: Family, card: ModelCard, *, max_waiting: int = 64, controlnets: ControlNets | None = None
     ):
+        _check_tasks(family, card)
         self.card = card
         self.revision = family.revision
         self.batcher = Batcher()
@@ -69,7 +71,7 @@ class Engine:
         controlnets = controlnets or ControlNets({}, family.network_config, family.placement)
         self._preparation = Preparation(family, controlnets)
         self._denoiser = Denoiser(family)
-        self._delivery = Delivery(family.autoencoder, card.width * card.height, self._packed)
+        self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
         self._max_waiting = max_waiting
         self._lock = threading.Condition()  # guards the next three
         self._tickets: dict[str, _Ticket] = {}
@@ -83,15 +85,19 @@ class Engine:
 
     # What callers do
 
-    def submit(self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True) -> str:
+    def submit(
+        self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str | None = None
+    ) -> str:
         """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
+
+        Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
 
         Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
         """
         effective = request.resolve(self.card)
-        ticket_id = uuid.uuid4().hex
+        ticket_id = uuid.uuid4().hex if id is None else id
         indices = range(effective.samples)
-        sequences = [self._preparation.sequence(effective, index, ticket_id) for index in indices]
+        sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
         with self._lock:
             waiting = sum(sequence.history is None for sequence in self._live)
             if self._closed:
@@ -111,7 +117,7 @@ class Engine:
             self._tickets.pop(ticket_id, None)
 
     def accept(self, ticket_id: str) -> None:
-        """The request's pictures end with the next step and are what that step expects. Unknown ids are done already."""
+        """The request's pictures end with the next step and are what that step expects. Unknown ids are done."""
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
@@ -147,11 +153,6 @@ class Engine:
                 time.sleep(0.001)  # the last pictures are being packed
         return [future.result() for future in futures]
 
-    def start(self) -> None:
-        """Steps in a thread of its own until `close`."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no more requests, gives the present ones `drain_s` seconds, fails the rest and stops the thread."""
         with self._lock:
@@ -185,6 +186,7 @@ class Engine:
         return bool(batch or decoding)
 
     def _run(self) -> None:
+        """Steps until `close`."""
         while not (self._closed and not self._tickets):
             with self._lock:
                 if not self._live and not self._delivery.queue:
@@ -314,11 +316,11 @@ class Engine:
     # Measuring
 
     def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before `start`."""
-        request = GenerationRequest(model=self.card.name, prompt="warm-up", steps=2, seed=0)
+        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before stepping."""
+        request = warm_up_request(self.card, steps=2)
         self.generate([request])
-        shape = self._preparation.sequence(request.resolve(self.card), 0, "").shape
-        self.batcher.set_cap(shape, cap or knee(self._measure()))
+        [sequence] = self._preparation.sequences(request.resolve(self.card), "")
+        self.batcher.set_cap(sequence.shape, cap or knee(self._measure()))
 
     def _measure(self) -> dict[int, float]:
         """Seconds of one forward by number of rows, up to where more rows no longer pay or memory ends."""
@@ -334,16 +336,42 @@ class Engine:
         return seconds
 
     def _time_forward(self, rows: int) -> float:
-        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of three."""
-        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=3, seed=0)
-        sequences = [self._preparation.sequence(plain.resolve(self.card), 0, "") for _ in range(rows)]
+        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
+        plain = warm_up_request(self.card, guidance_scale=1.0, steps=5)
+        sequences = [self._preparation.sequences(plain.resolve(self.card), "")[0] for _ in range(rows)]
         self._preparation.join(sequences)
         seconds = []
-        for _ in range(3):
+        for _ in range(5):
             started = time.perf_counter()
             self._denoiser.step(sequences).sum().item()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+
+def host(make: Callable[[], Engine]) -> Engine:
+    """An engine that is made, and then stepped until `close`, in one thread of its own. Raises what `make` raises.
+
+    One thread for both: a second one that has computed would slow the first (models.aside).
+    """
+    made: Future[Engine] = Future()
+
+    def live() -> None:
+        try:
+            engine = make()
+        except BaseException as fault:
+            made.set_exception(fault)
+            return
+        engine._thread = threading.current_thread()
+        made.set_result(engine)
+        engine._run()
+
+    threading.Thread(target=live, name="engine", daemon=True).start()
+    return made.result()
+
+
+def _check_tasks(family: Family, card: ModelCard) -> None:
+    if family.takes_mask and card.tasks != ("inpaint",):
+        raise InvalidRequest("defaults.tasks", f"the UNet of {card.name} is one for inpainting alone: say [inpaint]")
 
 
 def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:

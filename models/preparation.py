@@ -19,7 +19,7 @@ from models.tapes import Tape, Tapes
 
 
 class Preparation:
-    """Makes sequences for one family. `sequence` is quick and safe in any thread; the rest belongs to the engine's."""
+    """Makes sequences for one family. `sequences` is quick and safe in any thread; the rest belongs to the engine's."""
 
     def __init__(self, family: Family, controlnets: ControlNets):
         self._family = family
@@ -28,15 +28,19 @@ class Preparation:
         self._tapes = Tapes(family.scheduler_config)
         self._conditioner = Conditioner(family)
 
-    def sequence(self, request: EffectiveRequest, index: int, ticket: str) -> Sequence:
-        """Picture `index` of a request, still without tensors. Raises InvalidRequest for a tape diffusers refuses."""
-        one = request.sample(index)
+    def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
+        """A request's pictures, still without tensors. Raises InvalidRequest for a bad tape or mask."""
+        # Alike for all: only their noise differs.
+        phases = tuple(self._steered(request, phase) for phase in self._phases(request))
+        return [self._sequence(request.sample(i), i, ticket, phases) for i in range(request.samples)]
+
+    def _sequence(self, one: EffectiveRequest, index: int, ticket: str, phases: tuple[Phase, ...]) -> Sequence:
         now = time.monotonic()
         return Sequence(
             request=one,
             index=index,
             ticket=ticket,
-            phases=tuple(self._steered(one, phase) for phase in self._phases(one)),
+            phases=phases,
             generator=torch.Generator().manual_seed(one.seed),
             submitted=now,
             deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
