@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,8 +33,9 @@ class Preparation:
 
         Raises InvalidRequest for a bad tape, mask, prompt or adapter, and NotFound for one that is not registered.
         """
-        mix, phases = self._adapters.loras.mix(request.adapters), self._phases(request)
-        runs = [self._run(phase) for phase in phases]
+        mix = self._adapters.loras.mix(request.adapters)
+        phases = tuple(self._steered(request, phase) for phase in self._phases(request))
+        runs = [Run(phase.tape.steps, *self._size(phase)) for phase in phases]
         script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
         now = time.monotonic()
         return [
@@ -89,27 +91,27 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
-        controls = self._adapters.controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
-            first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
         elif one.task == "img2img":
             picture = one.image.resized(one.width, one.height)
-            tape = self._tape(one, one.steps, one.denoise_strength)
-            first = Phase(tape=tape, shape=shape, picture=picture, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            tape = self._tape(one, one.steps, strength)
-            first = Phase(tape=tape, shape=shape, canvas=plan(one, one.image), controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        controls = self._adapters.controlnets.controls(one.controls, *one.largest)
-        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
 
-    def _run(self, phase: Phase) -> Run:
-        factor = self._autoencoder.factor
-        return Run(phase.tape.steps, width=phase.shape[2] * factor, height=phase.shape[1] * factor)
+    def _steered(self, one: EffectiveRequest, phase: Phase) -> Phase:
+        """The phase with the request's ControlNets, their hints of its size."""
+        return replace(phase, controls=self._adapters.controlnets.controls(one.controls, *self._size(phase)))
+
+    def _size(self, phase: Phase) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return phase.shape[2] * self._autoencoder.factor, phase.shape[1] * self._autoencoder.factor
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)
@@ -124,8 +126,7 @@ class Preparation:
             return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
         pixels = self._autoencoder.decode(sequence.latents[None])[0].permute(1, 2, 0)
         picture = Picture.from_array((pixels.numpy() * 255).round().astype(np.uint8))
-        factor = self._autoencoder.factor
-        larger = picture.resized(phase.shape[2] * factor, phase.shape[1] * factor)
+        larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
 
     def _inpainted(self, sequence: Sequence, drawn: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
