@@ -116,7 +116,7 @@ class Engine:
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
-                    sequence.stop = 1
+                    sequence.stop = min(sequence.stop, sequence.step + 1)
 
     def load(self) -> Load:
         with self._lock:
