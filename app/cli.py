@@ -146,7 +146,7 @@ def _save(events: Iterator[Any], output: Path) -> None:
 
 
 def _format(output: Path) -> str:
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
     if output.suffix.lower() not in formats:
         raise InvalidRequest("output", f"must end in one of {', '.join(formats)}, not {output.suffix!r}")
     return formats[output.suffix.lower()]

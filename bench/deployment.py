@@ -1,7 +1,8 @@
 """The Ray Serve deployment that B1 measures, as somebody who knows Serve would write it.
 
-The pipeline is made and runs in one thread, so that requests are taken in meanwhile; the network may use as many threads as the
-others get (Ray gives a replica one); waiting requests are not bounded; @serve.batch is tuned before it is measured.
+The pipeline is made and runs in one thread, so that requests are taken in meanwhile; the network may use as many
+threads as the others get (Ray gives a replica one); waiting requests are not bounded; @serve.batch is tuned before it
+is measured.
 """
 
 import asyncio

@@ -118,7 +118,7 @@ def _check_pixels(width: int, height: int, field: str) -> None:
 
 
 def _correct_transparency(image: Image.Image, encoded: bytes) -> None:
-    """Pillow gives a PNG's transparent grey or colour in the file's depth but samples in 8 bits; this makes it 8 too."""
+    """Makes a PNG's transparent grey or colour 8 bits deep, as Pillow makes the samples but not this."""
     key = image.info.get("transparency")
     if image.format != "PNG" or key is None or isinstance(key, bytes):
         return

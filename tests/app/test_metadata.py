@@ -103,7 +103,9 @@ REFUSED = {
     "another part": ({"files": {"mask": ("a", b"1")}}, 422, "image"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body"),
     "another kind": ({"content": b"x", "headers": {"content-type": "multipart/mixed; boundary=b"}}, 400, "body"),
-    "long boundary": ({"content": b"x", "headers": {"content-type": f"multipart/form-data; boundary={'b' * 999}"}}, 400, "body"),
+    "long boundary": (
+        {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=" + "b" * 999}}, 400, "body"
+    ),
     "cut off": (form(b'name="image"; filename="x"\r\n\r\nabc', end=b""), 400, "body"),
     "no name": (form(b'filename="x"\r\n\r\nabc'), 400, "body"),
     "no header": (form(b"\r\nabc"), 400, "body"),

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -136,6 +137,13 @@ def test_pasting_back_lays_the_picture_over_the_input(blended):
     assert np.array_equal(pasted[~white], request.image.array()[~white])
 
 
+def test_a_region_that_is_not_pasted_is_delivered_as_it_was_drawn():
+    request = asked("sd15", "euler", 1.0, image=sketch(160, 112), mask=hole((40, 40, 80, 70), 160, 112))
+    request = replace(request, mask_region="masked", steps=2)
+    [picture] = drawn(new_engine("sd15"), [request])
+    assert picture.shape == (SIDE, SIDE, 3)
+
+
 # Networks of 9 channels
 
 
@@ -154,25 +162,35 @@ def widened(model: str, into: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def inpainting_model(request, tmp_path_factory) -> tuple[str, Path]:
-    return request.param, widened(request.param, tmp_path_factory.mktemp("inpainting") / request.param)
-
-
-def test_inpainting_networks_draw_what_diffusers_draws(inpainting_model):
-    model, source = inpainting_model
+def inpainting(request, tmp_path_factory) -> tuple[families.Family, ModelCard, Path]:
+    model, source = request.param, tmp_path_factory.mktemp("inpainting") / request.param
+    widened(model, source)
     family = families.load(family=FAMILIES[model], source=str(source), device="cpu", dtype="float32")
-    card = ModelCard.read(model, FAMILIES[model], str(source))
-    assert card.tasks == ("inpaint",)
+    return family, ModelCard.read(model, FAMILIES[model], str(source)), source
+
+
+def test_inpainting_networks_draw_what_diffusers_draws(inpainting):
+    family, card, source = inpainting
+    model = card.name
     requests = [asked(model, sampler, strength) for sampler in ("euler_a", "ddim") for strength in STRENGTHS]
     cut = {"image": sketch(160, 112), "mask": hole((70, 40, 100, 60), 160, 112), "width": SIDE, "height": SIDE}
     requests += [asked(model, "heun", 0.8, paste_back=True, mask_region="masked", mask_padding=12, **cut)]
-    engine = Engine(family, card)
     components = diffusers.DiffusionPipeline.from_pretrained(source, dtype=torch.float32).components
-    for request, picture in zip(requests, drawn(engine, requests), strict=True):
+    for request, picture in zip(requests, drawn(Engine(family, card), requests), strict=True):
         assert away(picture, by_diffusers(request, components)) <= 1
+
+
+def test_inpainting_networks_do_nothing_else(inpainting):
+    family, card, source = inpainting
+    engine = Engine(family, card)
+    engine.warm_up(cap=4)
+    assert card.tasks == ("inpaint",)
+    with pytest.raises(InvalidRequest, match="does inpaint, not txt2img"):
+        engine.generate([GenerationRequest(model=card.name, prompt="a red circle")])
+    other = ModelCard.read("other", card.family, str(source), {"tasks": ("txt2img", "inpaint")})
     with pytest.raises(InvalidRequest) as refused:
-        engine.generate([GenerationRequest(model=model, prompt="a red circle")])
-    assert refused.value.field in ("image", "mask")
+        Engine(family, other)
+    assert refused.value.field == "defaults.tasks"
 
 
 # Meaning

@@ -271,7 +271,9 @@ ODD = {
     "Steps: " + "9" * 5000 + ", Sampler: , CFG scale: 1e999, Masked content: magic": {
         "Steps", "Sampler", "CFG scale", "Masked content"
     },
-    'Steps: 1, Sampler: Euler, Lora hashes: "a: b, c: d", Template: "\\ud800", TI: "open': {"Lora hashes", "Template", "TI"},
+    'Steps: 1, Sampler: Euler, Lora hashes: "a: b, c: d", Template: "\\ud800", TI: "open': {
+        "Lora hashes", "Template", "TI"
+    },
 }  # fmt: skip
 
 
@@ -290,7 +292,9 @@ def test_other_texts_are_not_taken_for_infotext(text: str):
 
 
 def test_lines_that_extensions_add_below_do_no_harm():
-    found = read(carrying("a cat\nSteps: 20, Sampler: Euler, CFG scale: 7\nTemplate: a {cat|dog}\nNegative Template: x"))
+    found = read(
+        carrying("a cat\nSteps: 20, Sampler: Euler, CFG scale: 7\nTemplate: a {cat|dog}\nNegative Template: x")
+    )
     assert (found.parameters["prompt"], found.parameters["steps"]) == ("a cat", 20)
 
 
@@ -302,7 +306,7 @@ def test_an_empty_prompt_is_a_prompt():
 
 def test_parsing_takes_time_in_proportion():
     assert infotext.parse("Steps: 1, b: 2, " + "x" * 4_000_000) is None
-    assert infotext.parse("Steps: 1, b: 2, " + "x" * 50_000 + ', c: "' * 9_000) is not None
+    assert infotext.parse("Steps: 1, b: 2, " + "x" * 50_000 + ', c: "' * 8_000) is not None
     assert infotext.parse("Steps: 1, b: 2, " + 'c: "' * 20_000) is not None
 
 
@@ -365,12 +369,11 @@ def drawing() -> Iterator[Engine]:
 def test_a_request_rebuilt_from_a_picture_draws_the_same_picture(drawing: Engine, format: str):
     wanted = GenerationRequest(
         model="sd15", prompt="a (red:1.1) circle,\non a blue background", negative_prompt="Käse: green", steps=4,
-        guidance_scale=5.5, seed=77, samples=2, sampler="euler_a", clip_skip=1, output_format=format,
+        guidance_scale=5.5, seed=77, sampler="euler_a", clip_skip=1, output_format=format,
     ).resolve(drawing.card)  # fmt: skip
-    drawn = drawing.generate([wanted])[0]
-    first = drawn[1]
+    first = drawing.generate([wanted])[0][0]
     with Image.open(io.BytesIO(first.data)) as image:
         pixels = np.asarray(image.convert("RGB"))
-    data = encode(pixels, format, write(wanted.sample(1), drawing.revision, "full"))
+    data = encode(pixels, format, write(wanted, drawing.revision, "full"))
     again = drawing.generate([GenerationRequest(**read(data).parameters)])[0][0]
     assert again.data == first.data

@@ -13,7 +13,7 @@ from models.samplers import SAMPLERS
 
 STREAM_PREVIEW_EVERY = 5
 VARIATIONS = 4  # pictures, unless said
-OutputFormat = Literal["png", "jpeg", "jpg", "webp"]
+OutputFormat = Literal["png", "jpeg", "jpg", "webp", "avif"]
 
 
 def _encoded(value: Any) -> str | bytes:
