@@ -86,17 +86,14 @@ class Engine:
 
     # What callers do
 
-    def submit(
-        self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str | None = None
-    ) -> str:
+    def submit(self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str = "") -> str:
         """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
 
         Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
-
         Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
         """
         effective = request.resolve(self.card)
-        ticket_id = uuid.uuid4().hex if id is None else id
+        ticket_id = id or uuid.uuid4().hex
         indices = range(effective.samples)
         sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
         with self._lock:
@@ -122,7 +119,7 @@ class Engine:
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
-                    sequence.stop = 1
+                    sequence.stop = min(sequence.stop, sequence.step + 1)
 
     def load(self) -> Load:
         with self._lock:
