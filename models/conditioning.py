@@ -115,7 +115,9 @@ class Conditioner:
         lines = [self._line(part, part.timeline(numbers, steps), loras, request.clip_skip) for part in parts]
         if request.guided or len(lines) > 1:
             [part] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
-            negative = self._line(part, part.timeline(numbers, steps), loras)  # clip skip is the prompt's, as in diffusers
+            negative = self._line(
+                part, part.timeline(numbers, steps), loras
+            )  # clip skip is the prompt's, as in diffusers
             zeros = self._family.zero_empty_negative and not request.negative_prompt
             lines.insert(0, replace(negative, zeros=zeros))
         return Script(tuple(lines), tuple(sizes))

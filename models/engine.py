@@ -60,9 +60,7 @@ class _Ticket:
 class Engine:
     """One model on one device. `submit` and `cancel` may be called from any thread; one thread at a time steps."""
 
-    def __init__(
-        self, family: Family, card: ModelCard, *, max_waiting: int = 64, adapters: Adapters | None = None
-    ):
+    def __init__(self, family: Family, card: ModelCard, *, max_waiting: int = 64, adapters: Adapters | None = None):
         _check_tasks(family, card)
         self.family = family
         self.card = card

@@ -104,9 +104,7 @@ def cut(tokenizers: Sequence[Any], wording: Wording) -> Cut:
         chunks=len(kept),
         truncated="".join(word.text for group in left for word in group).strip(),
     )
-    return Cut(
-        tuple([_chunk(t, k, group, wording) for group in kept] for k, t in enumerate(tokenizers)), report
-    )
+    return Cut(tuple([_chunk(t, k, group, wording) for group in kept] for k, t in enumerate(tokenizers)), report)
 
 
 def _packed(words: Sequence[_Word], room: int) -> list[list[_Word]]:
