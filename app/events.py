@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.events import Event
+from models.images import ImageFormat
 
 ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
 
@@ -17,3 +18,14 @@ class Admitted:
 
 
 ReplicaEvent = Admitted | Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upscaled:
+    """A picture made larger: encoded, its size, and the upscaler that did it."""
+
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+    model: str

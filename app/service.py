@@ -4,22 +4,29 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.events import Admitted, ModelState, ReplicaEvent
+from app.events import Admitted, ModelState, ReplicaEvent, Upscaled
 from models.card import ModelCard
 from models.errors import GenerationFailed, NotFound
 from models.events import Failed, Finished, Progress, Timings
+from models.images import ImageFormat
+from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
+from models.upscaler_card import UpscalerCard
 
 
 class Router(Protocol):
-    """Brings a request to a replica of its model, and the replica's events back."""
+    """Brings a request to a replica of its model, and the replica's events back; a picture to the upscaler."""
 
     def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]: ...
 
     async def state(self, model: str) -> ModelState: ...
+
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
+
+    async def upscaler_state(self) -> ModelState: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +81,17 @@ class ModelDescription:
 
 
 class Service:
-    """The models by name and the way to their replicas."""
+    """The models by name, the upscaler, and the way to their replicas."""
 
     def __init__(self, router: Router):
         self._router = router
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
+        self._upscaler: UpscalerCard | None = None
 
-    def offer(self, cards: dict[str, ModelCard], default_model: str) -> None:
-        """Replaces the models on offer; requests under way are not touched."""
-        self._cards, self._default_model = dict(cards), default_model
+    def offer(self, cards: dict[str, ModelCard], default_model: str, upscaler: UpscalerCard | None = None) -> None:
+        """Replaces what is on offer; requests under way are not touched."""
+        self._cards, self._default_model, self._upscaler = dict(cards), default_model, upscaler
 
     @property
     def default_model(self) -> str:
@@ -107,7 +115,7 @@ class Service:
     async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = request.resolve(self.card(request.model))
+        effective = self._with_upscaler(request.resolve(self.card(request.model)))
         images: dict[int, Finished] = {}
         async with aclosing(self._router.generate(effective, progress)) as events:
             async for event in events:
@@ -133,6 +141,31 @@ class Service:
             images=tuple(images[index] for index in sorted(images)),
             total_s=time.monotonic() - started,
         )
+
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
+        """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
+        return await self._router.upscale(picture, self.upscaler.resolve(wanted), format)
+
+    @property
+    def upscaler(self) -> UpscalerCard:
+        """What the upscaler can do. Raises NotFound where there is none."""
+        if self._upscaler is None:
+            raise NotFound("this server has no upscaler")
+        return self._upscaler
+
+    async def upscaler_state(self) -> ModelState:
+        """Whether the upscaler answers at once, after waking, or not at all."""
+        return await self._router.upscaler_state()
+
+    def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
+        """The request with its upscaler named; what could not be enlarged in the end is refused before it is drawn."""
+        if request.upscale is None:
+            return request
+        upscale = self.upscaler.resolve(request.upscale, "upscale.")
+        if request.mask_region == "whole":  # else the picture has another size than what is drawn
+            self.upscaler.check_input(*request.largest, "width")
+            self.upscaler.enlarged(*request.largest, upscale.scale, "upscale.")
+        return replace(request, upscale=upscale)
 
     async def models(self) -> list[ModelDescription]:
         """Every model on offer."""

@@ -1,14 +1,15 @@
-"""Between bytes and values: strict JSON in, negotiated media types and server-sent events out, clients that leave."""
+"""Between bytes and values: strict JSON and forms in, media types and server-sent events out, clients that leave."""
 
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,7 @@ from models.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
+FORM_PARTS = 64  # of a form, texts and files each
 
 
 async def read_json(request: Request, body: type[Body]) -> Body:
@@ -33,6 +35,32 @@ async def read_json(request: Request, body: type[Body]) -> Body:
         raise MalformedBody("body", "must be a JSON object")
     try:
         return body.model_validate(values)
+    except ValidationError as wrong:
+        raise _invalid(wrong, body) from wrong
+
+
+async def read_form(request: Request, body: type[Body], files: Collection[str]) -> tuple[Body, dict[str, bytes]]:
+    """A multipart form (RFC 7578): its texts as a wire model, and the bytes of `files`, each of which is required."""
+    texts: dict[str, str] = {}
+    contents: dict[str, bytes] = {}
+    try:
+        async with request.form(max_files=FORM_PARTS, max_fields=FORM_PARTS) as form:
+            for name, value in form.multi_items():
+                if name in texts or name in contents:
+                    raise InvalidRequest(name, "is given twice")
+                if isinstance(value, str):
+                    texts[name] = value
+                elif name in files:
+                    contents[name] = await value.read()
+                else:
+                    raise InvalidRequest(name, f"is no file of this form; those are: {', '.join(files)}")
+    except HTTPException as malformed:
+        raise MalformedBody("body", f"is not a valid form: {malformed.detail}") from malformed
+    for name in files:
+        if name not in contents:
+            raise InvalidRequest(name, "is required, as a file with a file name")
+    try:
+        return body.model_validate_strings(texts), contents
     except ValidationError as wrong:
         raise _invalid(wrong, body) from wrong
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import wire
+from app.dialects import _upscale
 from app.errors import envelope
 from app.service import Accepted, GenerationResult, ModelDescription, Service, StreamEvent
 from models import limits
@@ -150,6 +151,7 @@ def parameters(request: EffectiveRequest) -> dict[str, Any]:
 def routes(service: Service) -> APIRouter:
     """The paths of this API."""
     router = APIRouter(prefix="/v1", tags=["native"])
+    router.include_router(_upscale.routes(service))
 
     @router.post("/generate", summary="Make pictures", openapi_extra=_BODY_SCHEMA, responses=_ANSWERS)
     async def generate(request: Request) -> Response:

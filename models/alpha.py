@@ -1,0 +1,57 @@
+"""Pictures that may be transparent: colour and alpha apart, so that each can be worked on, and together again. No torch.
+
+`Picture` is RGB; this is for the one place that gives transparency back, the upscaler.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+from scipy.ndimage import distance_transform_edt
+
+from models.errors import InvalidRequest
+from models.images import FORMATS, ImageFormat, Picture, encode
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """A picture's colour, uint8 (height, width, 3), and its alpha, uint8 (height, width), where it has one."""
+
+    colour: np.ndarray
+    alpha: np.ndarray | None
+
+    @classmethod
+    def read(cls, encoded: bytes) -> "Layers":
+        """Decodes a picture as `Picture.from_bytes` does, with its refusals, but keeps its alpha.
+
+        A pixel that nobody sees gets the colour of the nearest one that is seen: whatever the file hides there would
+        come out as a fringe once it is mixed with its neighbours.
+        """
+        opaque = Picture.from_bytes(encoded)
+        with Image.open(io.BytesIO(encoded), formats=[format.upper() for format in FORMATS]) as image:
+            if not image.has_transparency_data:
+                return cls(opaque.array(), None)
+            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+        colour, alpha = rgba[..., :3], rgba[..., 3]
+        if alpha.any() and not alpha.all():
+            rows, columns = distance_transform_edt(alpha == 0, return_distances=False, return_indices=True)
+            colour = colour[rows, columns]
+        return cls(colour, alpha)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        height, width, _ = self.colour.shape
+        return width, height
+
+    def encode(self, format: ImageFormat) -> bytes:
+        """As `models.images.encode`. Raises InvalidRequest where the picture is transparent and the format cannot be."""
+        if self.alpha is None:
+            return encode(self.colour, format)
+        if format == "jpeg":
+            raise InvalidRequest("output_format", "jpeg has no transparency and this picture has; ask for png or webp")
+        options = {"png": {"compress_level": 1}, "webp": {"quality": 90, "method": 0}}[format]
+        buffer = io.BytesIO()
+        Image.fromarray(np.dstack([self.colour, self.alpha])).save(buffer, format.upper(), **options)
+        return buffer.getvalue()
