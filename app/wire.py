@@ -1,25 +1,27 @@
-"""Between bytes and values: strict JSON and forms in, media types and server-sent events out, clients that leave."""
+"""Between bytes and values: strict JSON in, negotiated media types and server-sent events out, clients that leave."""
 
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app import multipart
 from app.errors import MalformedBody, NotAcceptable
 from models.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
-FORM_PARTS = 64  # of a form, texts and files each
+
+MAX_PARTS = 64  # of a multipart body
+MAX_FIELD_BYTES = 1024 * 1024  # of a text field in it
 
 
 async def read_json(request: Request, body: type[Body]) -> Body:
@@ -39,30 +41,12 @@ async def read_json(request: Request, body: type[Body]) -> Body:
         raise _invalid(wrong, body) from wrong
 
 
-async def read_form(request: Request, body: type[Body], files: Collection[str]) -> tuple[Body, dict[str, bytes]]:
-    """A multipart form (RFC 7578): its texts as a wire model, and the bytes of `files`, each of which is required."""
-    texts: dict[str, str] = {}
-    contents: dict[str, bytes] = {}
-    try:
-        async with request.form(max_files=FORM_PARTS, max_fields=FORM_PARTS) as form:
-            for name, value in form.multi_items():
-                if name in texts or name in contents:
-                    raise InvalidRequest(name, "is given twice")
-                if isinstance(value, str):
-                    texts[name] = value
-                elif name in files:
-                    contents[name] = await value.read()
-                else:
-                    raise InvalidRequest(name, f"is no file of this form; those are: {', '.join(files)}")
-    except HTTPException as malformed:
-        raise MalformedBody("body", f"is not a valid form: {malformed.detail}") from malformed
-    for name in files:
-        if name not in contents:
-            raise InvalidRequest(name, "is required, as a file with a file name")
-    try:
-        return body.model_validate_strings(texts), contents
-    except ValidationError as wrong:
-        raise _invalid(wrong, body) from wrong
+async def read_multipart(
+    request: Request, max_parts: int = MAX_PARTS, max_field_bytes: int = MAX_FIELD_BYTES
+) -> multipart.Form:
+    """The text fields and the files of a multipart/form-data body. Raises what multipart.parse raises."""
+    body, kind = await request.body(), request.headers.get("content-type", "")
+    return await asyncio.to_thread(multipart.parse, body, kind, max_parts, max_field_bytes)
 
 
 def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
@@ -77,6 +61,14 @@ def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
         case _:
             message = fault["msg"]
     return InvalidRequest(field, message)
+
+
+def read_fields(fields: Mapping[str, str], body: type[Body]) -> Body:
+    """A form's text fields as a wire model: each value is read as what its field wants, a number as a number."""
+    try:
+        return body.model_validate_strings(dict(fields))
+    except ValidationError as wrong:
+        raise _invalid(wrong, body) from wrong
 
 
 def decode_base64(text: str, field: str) -> bytes:

@@ -4,14 +4,17 @@
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
+from models import exif, png
+from models.decoding import decoded
 from models.errors import InvalidRequest
-from models.images import FORMATS, ImageFormat, Picture, encode
+from models.images import ImageFormat, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +31,10 @@ class Layers:
         A pixel that nobody sees gets the colour of the nearest one that is seen: whatever the file hides there would
         come out as a fringe once it is mixed with its neighbours.
         """
-        opaque = Picture.from_bytes(encoded)
-        with Image.open(io.BytesIO(encoded), formats=[format.upper() for format in FORMATS]) as image:
-            if not image.has_transparency_data:
-                return cls(opaque.array(), None)
-            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
-        colour, alpha = rgba[..., :3], rgba[..., 3]
-        if alpha.any() and not alpha.all():
+        with decoded(encoded, "image") as (rgb, transparency):
+            colour = np.array(rgb)
+            alpha = None if transparency is None else np.array(transparency)
+        if alpha is not None and alpha.any() and not alpha.all():
             rows, columns = distance_transform_edt(alpha == 0, return_distances=False, return_indices=True)
             colour = colour[rows, columns]
         return cls(colour, alpha)
@@ -45,13 +45,16 @@ class Layers:
         height, width, _ = self.colour.shape
         return width, height
 
-    def encode(self, format: ImageFormat) -> bytes:
+    def encode(self, format: ImageFormat, text: Mapping[str, str] | None = None) -> bytes:
         """As `models.images.encode`. Raises InvalidRequest where the picture is transparent and the format cannot be."""
         if self.alpha is None:
-            return encode(self.colour, format)
+            return encode(self.colour, format, text)
         if format == "jpeg":
             raise InvalidRequest("output_format", "jpeg has no transparency and this picture has; ask for png or webp")
-        options = {"png": {"compress_level": 1}, "webp": {"quality": 90, "method": 0}}[format]
+        rgba = np.dstack([self.colour, self.alpha])
+        if format == "png":
+            return png.write(rgba, text)
         buffer = io.BytesIO()
-        Image.fromarray(np.dstack([self.colour, self.alpha])).save(buffer, format.upper(), **options)
+        block = exif.write(text) if text else b""
+        Image.fromarray(rgba).save(buffer, "WEBP", quality=90, method=0, exif=block)
         return buffer.getvalue()

@@ -19,15 +19,25 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "sgm_uniform": {"timestep_spacing": "trailing"},
 }
 
+# What A1111 calls them. Its `Automatic` is another thing for every sampler; `Uniform` is a model's own spacing.
+SCHEDULE_LABELS: Mapping[str, str] = {
+    "default": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "sgm_uniform": "SGM Uniform",
+}
+
 _SIGMAS = ("default", "karras", "exponential", "beta", "sgm_uniform")
 _SPACED = ("default", "sgm_uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One named solver: diffusers' scheduler class, its options, the schedules diffusers allows it, other names."""
+    """One named solver: diffusers' class, A1111's name, the class's options, the schedules it allows, other names."""
 
     scheduler: str
+    label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     schedules: tuple[str, ...] = _SIGMAS
     aliases: tuple[str, ...] = ()
@@ -36,44 +46,59 @@ class Sampler:
 _MULTISTEP = "DPMSolverMultistepScheduler"
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "euler": Sampler(scheduler="EulerDiscreteScheduler", aliases=("k_euler",)),
+    "euler": Sampler(scheduler="EulerDiscreteScheduler", label="Euler", aliases=("k_euler",)),
     "euler_a": Sampler(
         scheduler="EulerAncestralDiscreteScheduler",
+        label="Euler a",
         schedules=_SPACED,
         aliases=("k_euler_a", "k_euler_ancestral", "euler ancestral"),
     ),
-    "heun": Sampler(scheduler="HeunDiscreteScheduler", aliases=("k_heun",)),
-    "lms": Sampler(scheduler="LMSDiscreteScheduler", aliases=("k_lms",)),
-    "ddim": Sampler(scheduler="DDIMScheduler", schedules=_SPACED),
-    "ddpm": Sampler(scheduler="DDPMScheduler", schedules=_SPACED),
-    "pndm": Sampler(scheduler="PNDMScheduler", options={"skip_prk_steps": True}, schedules=_SPACED, aliases=("plms",)),
+    "heun": Sampler(scheduler="HeunDiscreteScheduler", label="Heun", aliases=("k_heun",)),
+    "lms": Sampler(scheduler="LMSDiscreteScheduler", label="LMS", aliases=("k_lms",)),
+    "ddim": Sampler(scheduler="DDIMScheduler", label="DDIM", schedules=_SPACED),
+    "ddpm": Sampler(scheduler="DDPMScheduler", label="DDPM", schedules=_SPACED),
+    "pndm": Sampler(
+        scheduler="PNDMScheduler",
+        label="PLMS",
+        options={"skip_prk_steps": True},
+        schedules=_SPACED,
+        aliases=("plms",),
+    ),
     "dpmpp_2m": Sampler(
         scheduler=_MULTISTEP,
+        label="DPM++ 2M",
         options={"algorithm_type": "dpmsolver++", "solver_order": 2},
         aliases=("dpm++ 2m", "k_dpmpp_2m", "dpmsolver++", "dpmsolvermultistep"),
     ),
     "dpmpp_2m_sde": Sampler(
         scheduler=_MULTISTEP,
+        label="DPM++ 2M SDE",
         options={"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
         aliases=("dpm++ 2m sde", "k_dpmpp_2m_sde"),
     ),
     "dpmpp_3m": Sampler(
-        scheduler=_MULTISTEP, options={"algorithm_type": "dpmsolver++", "solver_order": 3}, aliases=("dpm++ 3m",)
+        scheduler=_MULTISTEP,
+        label="DPM++ 3M",
+        options={"algorithm_type": "dpmsolver++", "solver_order": 3},
+        aliases=("dpm++ 3m",),
     ),
     "dpmpp_2s": Sampler(
         scheduler="DPMSolverSinglestepScheduler",
+        label="DPM++ 2S",
         options={"algorithm_type": "dpmsolver++", "solver_order": 2},
         schedules=("default", "karras", "exponential", "beta"),
         aliases=("dpm++ 2s", "dpmsolversinglestep"),
     ),
-    "dpm2": Sampler(scheduler="KDPM2DiscreteScheduler", aliases=("k_dpm_2", "dpm 2", "kdpm2")),
+    "dpm2": Sampler(scheduler="KDPM2DiscreteScheduler", label="DPM2", aliases=("k_dpm_2", "dpm 2", "kdpm2")),
     "dpm2_a": Sampler(
-        scheduler="KDPM2AncestralDiscreteScheduler", aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm2 ancestral")
+        scheduler="KDPM2AncestralDiscreteScheduler",
+        label="DPM2 a",
+        aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm2 ancestral"),
     ),
-    "unipc": Sampler(scheduler="UniPCMultistepScheduler", aliases=("uni_pc",)),
-    "deis": Sampler(scheduler="DEISMultistepScheduler", options={"algorithm_type": "deis"}),
-    "lcm": Sampler(scheduler="LCMScheduler", schedules=_SPACED),
-    "tcd": Sampler(scheduler="TCDScheduler", schedules=_SPACED),
+    "unipc": Sampler(scheduler="UniPCMultistepScheduler", label="UniPC", aliases=("uni_pc",)),
+    "deis": Sampler(scheduler="DEISMultistepScheduler", label="DEIS", options={"algorithm_type": "deis"}),
+    "lcm": Sampler(scheduler="LCMScheduler", label="LCM", schedules=_SPACED),
+    "tcd": Sampler(scheduler="TCDScheduler", label="TCD", schedules=_SPACED),
 }
 
 
@@ -86,6 +111,7 @@ _BY_NAME = {_plain(n): name for name, s in SAMPLERS.items() for n in (name, *s.a
 _SCHEDULE_WORDS = {_plain(s): s for s in SCHEDULES} | {
     "automatic": "default",
     "normal": "default",
+    "uniform": "default",
     "trailing": "sgm_uniform",
 }
 

@@ -85,8 +85,12 @@ def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str,
 async def _read(request: Request) -> tuple[UpscaleForm, bytes]:
     """A form where the body is one, else JSON."""
     if request.headers.get("content-type", "").lower().startswith(FORM):
-        form, files = await wire.read_form(request, UpscaleForm, ("image",))
-        return form, files["image"]
+        fields, files = await wire.read_multipart(request)
+        form = wire.read_fields(fields, UpscaleForm)
+        given = files.pop("image", [])
+        if files or len(given) != 1:
+            raise InvalidRequest("image", "must be the one and only file of the form, with a filename")
+        return form, given[0]
     body = await wire.read_json(request, UpscaleBody)
     return body, await asyncio.to_thread(wire.decode_base64, body.image, "image")
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import wire
+from app import metadata, wire
 from app.dialects import _upscale
 from app.errors import envelope
 from app.service import Accepted, GenerationResult, ModelDescription, Service, StreamEvent
@@ -152,6 +152,7 @@ def routes(service: Service) -> APIRouter:
     """The paths of this API."""
     router = APIRouter(prefix="/v1", tags=["native"])
     router.include_router(_upscale.routes(service))
+    router.include_router(metadata.routes(service, GenerateBody))
 
     @router.post("/generate", summary="Make pictures", openapi_extra=_BODY_SCHEMA, responses=_ANSWERS)
     async def generate(request: Request) -> Response:

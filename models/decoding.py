@@ -1,0 +1,134 @@
+"""From the bytes of a picture that nobody vouches for to upright sRGB and alpha, by Pillow. No torch.
+
+The format is told by the first bytes, never by a name or a content type; sizes are checked before pixels are decoded.
+"""
+
+import io
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from models import png
+from models.errors import InvalidRequest
+
+READABLE = ("PNG", "JPEG", "WEBP", "AVIF")
+MAX_INPUT_PIXELS = 64 * 1024 * 1024
+_LARGE_PIXELS = 4 * 1024 * 1024
+_MAX_SCANS = 64  # of a progressive JPEG; ten are usual, and each costs a pass over the whole picture
+_MAX_STRAY_BYTES = 64 * 1024  # between a JPEG's segments, where Pillow reads byte by byte
+# What Pillow's parsers raise when a file is not what it says.
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+
+_one_large_picture = threading.Lock()
+
+
+@contextmanager
+def opened(encoded: bytes, field: str) -> Iterator[Image.Image]:
+    """The picture with its header read and found right, and no pixel decoded.
+
+    Raises InvalidRequest naming `field`, also for what is found wrong with the file while it is in use.
+    """
+    try:
+        _check_container(encoded, field)
+        with Image.open(io.BytesIO(encoded), formats=READABLE) as image:
+            _check_pixels(image.width, image.height, field)
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # an MPO's first picture is the photograph
+                raise InvalidRequest(field, "must be a single picture, not an animation")
+            yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as bomb:
+        raise InvalidRequest(field, f"must have at most {MAX_INPUT_PIXELS} pixels") from bomb
+    except _DAMAGE as damage:
+        raise InvalidRequest(field, "is not a readable PNG, JPEG, WebP or AVIF picture") from damage
+
+
+@contextmanager
+def decoded(encoded: bytes, field: str) -> Iterator[tuple[Image.Image, Image.Image | None]]:
+    """The upright picture in sRGB (mode RGB) and its alpha (mode L), None where it has none. Raises what `opened` does.
+
+    Large pictures take turns for as long as they are in use: one of MAX_INPUT_PIXELS takes about 1 GB.
+    """
+    with (
+        opened(encoded, field) as image,
+        _one_large_picture if image.width * image.height > _LARGE_PIXELS else nullcontext(),
+    ):
+        profile = image.info.get("icc_profile")
+        _correct_transparency(image, encoded)
+        ImageOps.exif_transpose(image, in_place=True)
+        colour, alpha = _separated(image)
+        yield _to_srgb(colour, profile), alpha
+
+
+def _check_container(encoded: bytes, field: str) -> None:
+    """What Pillow would find out too late, or not at all."""
+    if encoded.startswith(png.SIGNATURE):
+        for _ in png.chunks(encoded):
+            pass
+    elif encoded.startswith(b"\xff\xd8"):
+        if encoded.count(b"\xff\xda") > _MAX_SCANS:
+            raise InvalidRequest(field, f"must have at most {_MAX_SCANS} scans")
+    elif encoded[8:12] == b"WEBP":  # its decoder takes memory for the whole picture as soon as it is opened
+        _check_pixels(*_webp_size(encoded), field)
+
+
+def _webp_size(encoded: bytes) -> tuple[int, int]:
+    """RFC 9649, 2.5 to 2.7."""
+    match encoded[12:16]:
+        case b"VP8X":
+            width, height = (int.from_bytes(encoded[at : at + 3], "little") + 1 for at in (24, 27))
+        case b"VP8L":
+            bits = int.from_bytes(encoded[21:25], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case _:
+            width, height = (int.from_bytes(encoded[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return width, height
+
+
+def _check_pixels(width: int, height: int, field: str) -> None:
+    if width * height > MAX_INPUT_PIXELS:
+        raise InvalidRequest(field, f"must have at most {MAX_INPUT_PIXELS} pixels, not {width}x{height}")
+
+
+def _correct_transparency(image: Image.Image, encoded: bytes) -> None:
+    """Pillow gives a PNG's transparent grey or colour in the file's depth but samples in 8 bits; this makes it 8 too."""
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None or isinstance(key, bytes):
+        return
+    depth = encoded[24]
+    if image.mode == "L":
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _separated(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour (mode L, RGB or CMYK) and alpha."""
+    if image.mode.startswith("I;16"):  # convert() would clip to 8 bits instead of scaling
+        values = np.asarray(image)
+        key = image.info.get("transparency")
+        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        return Image.fromarray((values >> 8).astype(np.uint8)), alpha
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
+    """By the picture's own ICC profile; one that is damaged, or for other colours, counts as none, as in browsers."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+                return ImageCms.ImageCmsTransform(source, target, colour.mode, "RGB").apply(colour)
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return colour.convert("RGB")
