@@ -169,7 +169,7 @@ def _save(events: Iterator[Any], output: Path) -> None:
 
 
 def _format(output: Path) -> "ImageFormat":
-    formats: "dict[str, ImageFormat]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if output.suffix.lower() not in formats:
         raise InvalidRequest("output", f"must end in one of {', '.join(formats)}, not {output.suffix!r}")
     return formats[output.suffix.lower()]

@@ -58,9 +58,7 @@ class Client:
             body["model"] = wanted.model
         headers = {"accept": MEDIA_TYPES[format]}
         try:
-            answer = httpx2.post(
-                f"{self._address}/v1/upscale", json=body, headers=headers, timeout=REQUEST_TIMEOUT_S
-            )
+            answer = httpx2.post(f"{self._address}/v1/upscale", json=body, headers=headers, timeout=REQUEST_TIMEOUT_S)
         except httpx2.HTTPError as gone:
             raise self._unreachable(gone) from gone
         if answer.status_code != 200:
@@ -103,7 +101,11 @@ def generate_locally(settings: ModelSettings, body: dict[str, Any]) -> Iterator[
 
 
 def upscale_locally(
-    settings: UpscalerSettings, picture: bytes, wanted: Upscale, format: ImageFormat, on_tile: Callable[[int, int], None]
+    settings: UpscalerSettings,
+    picture: bytes,
+    wanted: Upscale,
+    format: ImageFormat,
+    on_tile: Callable[[int, int], None],
 ) -> bytes:
     """Enlarges in this process. Raises the errors of models/errors.py."""
     from app.upscaler import start_networks

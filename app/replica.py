@@ -11,6 +11,7 @@ from typing import Any
 from app.events import Admitted, ReplicaEvent
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
+from models import metadata
 from models.errors import GenerationFailed, HeliographError
 from models.events import Event, Failed, Finished
 from models.request import EffectiveRequest
@@ -103,8 +104,11 @@ class Chain:
 
     @property
     def first(self) -> EffectiveRequest:
-        """What the engine is to do of the request. PNG, because what is lost by packing would be enlarged as well."""
-        return replace(self._request, upscale=None, output_format="png") if self._request.upscale else self._request
+        """What the engine is to do of the request. PNG, because what is lost by packing would be enlarged as well; and
+        without metadata, which tells of the picture in the end."""
+        if not self._request.upscale:
+            return self._request
+        return replace(self._request, upscale=None, output_format="png", metadata="none")
 
     def put(self, event: Event) -> None:
         """Takes an event of the engine; on the event loop."""
@@ -117,7 +121,8 @@ class Chain:
         request = self._request
         assert request.upscale is not None
         try:
-            larger = await self._upscaler.upscale(picture.data, request.upscale, request.output_format)
+            text = metadata.write(request.sample(picture.index), picture.revision, request.metadata)
+            larger = await self._upscaler.upscale(picture.data, request.upscale, request.output_format, text)
         except HeliographError as error:
             event: Event = Failed(error=error)
         except Exception as fault:  # nobody else would hear of it, and the request would never end

@@ -6,7 +6,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -134,14 +134,19 @@ class UpscalerRoute:
         self._handle: Any = None
 
     async def upscale(
-        self, picture: bytes, wanted: Upscale, format: ImageFormat, attempts: int = ATTEMPTS
+        self,
+        picture: bytes,
+        wanted: Upscale,
+        format: ImageFormat,
+        text: Mapping[str, str] | None = None,
+        attempts: int = ATTEMPTS,
     ) -> Upscaled:
-        """The encoded picture, enlarged, in that format."""
+        """The encoded picture, enlarged, in that format and with these texts in it."""
         try:
-            answer = await self._attempt(picture, wanted, format)
+            answer = await self._attempt(picture, wanted, format, text)
         except RayActorError as death:
             if attempts > 1:
-                return await self.upscale(picture, wanted, format, attempts - 1)
+                return await self.upscale(picture, wanted, format, text, attempts - 1)
             raise GenerationFailed(
                 "replica_lost", "the upscaler died while it worked on the picture; send it again"
             ) from death
@@ -149,7 +154,9 @@ class UpscalerRoute:
             raise answer.error
         return answer
 
-    async def _attempt(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled | Failed:
+    async def _attempt(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None
+    ) -> Upscaled | Failed:
         state = await self._states.of(UPSCALER_APPLICATION)
         if state in ("missing", "failed"):
             self._handle = None
@@ -158,7 +165,7 @@ class UpscalerRoute:
             make = partial(serve.get_deployment_handle, UPSCALER_DEPLOYMENT, app_name=UPSCALER_APPLICATION)
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
             self._handle = self._handle or handle
-        response = self._handle.upscale.remote(picture, wanted, format)
+        response = self._handle.upscale.remote(picture, wanted, format, text)
         try:
             return await response
         except RayActorError:

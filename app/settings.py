@@ -92,13 +92,13 @@ class ModelSettings(Strict):
 
 
 class UpscalerSettings(Strict):
-    """The upscalers: checkpoints by name (`lanczos` is there anyway), where they run, and how much may come in and out."""
+    """The upscalers: checkpoints by name (`lanczos` is there anyway), where they run, how much may come in and out."""
 
     models: dict[Name, str] = Field(default_factory=dict, description="name -> .safetensors file")
     default_model: Name = LANCZOS
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    tile: int = Field(default=256, ge=128, le=4096, multiple_of=8, description="pixels a side that a network sees at once")
+    tile: int = Field(default=256, ge=128, le=4096, multiple_of=8, description="pixels a side that a network sees")
     threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
     max_waiting: int = Field(default=16, ge=1, description="pictures that may wait before new ones get 429")
     max_input_pixels: int = Field(default=UpscalerCard.max_input_pixels, ge=1)

@@ -6,6 +6,7 @@ torch is imported when a replica is made, never when this module is: Serve's own
 import asyncio
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,11 @@ class Upscaler:
         self._seconds = FIRST_GUESS_S  # per picture, a running mean
         self._touched = time.monotonic()  # when something last moved on
 
-    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled | Failed:
-        """The encoded picture, enlarged, in that format. A caller who leaves cancels it, at the next tile at the latest.
+    async def upscale(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None = None
+    ) -> Upscaled | Failed:
+        """The encoded picture, enlarged, in that format and with these texts in it. A caller who leaves
+        cancels it, at the next tile at the latest.
 
         A refusal is returned as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
@@ -49,19 +53,26 @@ class Upscaler:
         left = threading.Event()
         self._pictures += 1
         try:
-            return await asyncio.wrap_future(self._thread.submit(self._work, picture, wanted, format, left))
+            return await asyncio.wrap_future(self._thread.submit(self._work, picture, wanted, format, text, left))
         except HeliographError as error:
             return Failed(error=error)
         finally:
             left.set()
             self._pictures -= 1
 
-    def _work(self, picture: bytes, wanted: Upscale, format: ImageFormat, left: threading.Event) -> Upscaled:
+    def _work(
+        self,
+        picture: bytes,
+        wanted: Upscale,
+        format: ImageFormat,
+        text: Mapping[str, str] | None,
+        left: threading.Event,
+    ) -> Upscaled:
         started = time.monotonic()
         wanted = self._networks.card.resolve(wanted)
         enlarged = self._networks.upscale(picture, wanted, on_tile=self._touch, cancelled=left.is_set)
         width, height = enlarged.size
-        data = enlarged.encode(format)
+        data = enlarged.encode(format, text)
         self._seconds += 0.3 * (time.monotonic() - started - self._seconds)
         return Upscaled(data=data, format=format, width=width, height=height, model=str(wanted.model))
 

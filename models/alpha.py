@@ -1,4 +1,4 @@
-"""Pictures that may be transparent: colour and alpha apart, so that each can be worked on, and together again. No torch.
+"""Pictures that may be transparent: colour and alpha apart, so that each can be worked on, and together. No torch.
 
 `Picture` is RGB; this is for the one place that gives transparency back, the upscaler.
 """
@@ -46,7 +46,7 @@ class Layers:
         return width, height
 
     def encode(self, format: ImageFormat, text: Mapping[str, str] | None = None) -> bytes:
-        """As `models.images.encode`. Raises InvalidRequest where the picture is transparent and the format cannot be."""
+        """As `models.images.encode`. Raises InvalidRequest where the picture is transparent and the format never is."""
         if self.alpha is None:
             return encode(self.colour, format, text)
         if format == "jpeg":

@@ -1,35 +1,46 @@
-"""Pictures enlarged: by Lanczos, or by a network of the ESRGAN family, whatever their size and with their alpha.
+"""Pictures enlarged: by Lanczos, or by a network of the ESRGAN family, whatever their size and with their alpha."""
 
-Which architecture a checkpoint has is told from the names and shapes of its tensors, by spandrel's main registry.
-"""
-
+import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from spandrel import MAIN_REGISTRY, ImageModelDescriptor, ModelTiling, UnsupportedModelError
+from torch import Tensor
 
-from models import tiles
+from models import esrgan, tiles
 from models.alpha import Layers
 from models.errors import Cancelled, GenerationFailed, InvalidRequest
 from models.parts import Upscale
 from models.upscaler_card import LANCZOS, UpscalerCard
 from models.weights import check_safetensors, place
 
-Network = ImageModelDescriptor[Any]
 TILE_MULTIPLE = 8  # tiles then begin where architectures that work on blocks of pixels begin a block
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network that enlarges `scale` times: (1, 3, h, w) in 0 to 1 to (1, 3, h * scale, w * scale).
+
+    `dtypes` are those it can run in besides float32; one that is `whole` sees the picture in one piece.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    module: torch.nn.Module
+    scale: int
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    whole: bool = False
 
 
 class Upscaler:
     """The upscalers of a card. Every checkpoint is loaded at once.
 
-    `sources` has a `.safetensors` file for every name but `lanczos`. `tile` is the largest piece, in pixels a side, that
-    a network sees at once. Threads may share an Upscaler. Raises InvalidRequest where a file is none.
+    `sources` has a `.safetensors` file for every name but `lanczos`. `tile` is the largest piece, in pixels a side,
+    that a network sees at once. Threads may share an Upscaler. Raises InvalidRequest where a file is none.
     """
 
     def __init__(
@@ -42,7 +53,9 @@ class Upscaler:
         tile: int = 256,
     ):
         if tile < 2 * tiles.OVERLAP or tile % TILE_MULTIPLE:
-            raise InvalidRequest("tile", f"must be a multiple of {TILE_MULTIPLE} from {2 * tiles.OVERLAP} up, not {tile}")
+            raise InvalidRequest(
+                "tile", f"must be a multiple of {TILE_MULTIPLE} from {2 * tiles.OVERLAP} up, not {tile}"
+            )
         self.card, self._tile = card, tile
         # bfloat16, which `auto` means on a GPU, is coarser than the 256 levels of a pixel.
         self._chosen = dtype != "auto"
@@ -85,49 +98,68 @@ class Upscaler:
                 raise Cancelled("the enlargement was cancelled")
             on_tile(done, total)
 
-        whole = network.tiling is ModelTiling.INTERNAL  # it needs the picture in one piece, and tiles it by itself
-        tile = max(self._tile, *colour.shape) if whole else self._tile
+        tile = max(self._tile, *colour.shape) if network.whole else self._tile
         try:
-            return tiles.enlarge(colour, network.scale, tile, partial(_forward, network), between)
+            return tiles.enlarge(colour, network.scale, tile, partial(_draw, network, self._placement.device), between)
         except torch.OutOfMemoryError as full:
             raise GenerationFailed("out_of_memory", "memory ran out; a smaller `tile` needs less") from full
 
     def _placed(self, network: Network) -> Network:
-        return network.to(self._placement.device, self._dtype(network)).eval()
+        network.module.to(self._placement.device, self._dtype(network)).eval().requires_grad_(False)
+        return network
 
     def _dtype(self, network: Network) -> torch.dtype:
-        """float16 on a GPU where the architecture can, unless a precision was chosen, which it then has to be able to."""
-        able = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
-        if not self._chosen and self._placement.device.type == "cuda" and network.supports_half:
+        """float16 on a GPU where the network can, unless a precision was chosen, which it then has to be able to."""
+        if not self._chosen and self._placement.device.type == "cuda" and torch.float16 in network.dtypes:
             return torch.float16
-        if not able.get(self._placement.dtype, True):
-            name = network.architecture.name
-            raise InvalidRequest("dtype", f"{name} cannot run in {self._placement.dtype}; use auto or float32")
+        if self._placement.dtype not in (torch.float32, *network.dtypes):
+            raise InvalidRequest("dtype", f"an upscaler cannot run in {self._placement.dtype}; use auto or float32")
         return self._placement.dtype
 
 
 def load(source: Path) -> Network:
     """The network of a checkpoint, in float32 on the CPU. Raises InvalidRequest for what is no RGB upscaler."""
     check_safetensors(source)
+    tensors = load_file(source)
     try:
-        network = MAIN_REGISTRY.load(load_file(source))
-    except UnsupportedModelError as unknown:
-        raise InvalidRequest("location", f"{source} has none of the architectures that spandrel knows") from unknown
-    except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as damaged:
+        own = esrgan.build(tensors)
+        network = _by_spandrel(source, tensors) if own is None else Network(own, own, own.scale)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AssertionError) as damaged:
         raise InvalidRequest("location", f"{source} cannot be loaded: {damaged}") from damaged
-    enlarges = isinstance(network, ImageModelDescriptor) and network.purpose == "SR" and network.scale > 1
-    if not enlarges or network.input_channels != 3 or network.output_channels != 3:
-        kind = f"{network.architecture.name} for {network.purpose}, x{network.scale}"
-        raise InvalidRequest("location", f"{source} is {kind}; an upscaler makes RGB pictures larger")
-    for parameter in network.model.parameters():
-        parameter.requires_grad_(False)
+    if network.scale < 2:
+        raise InvalidRequest("location", f"{source} does not enlarge: its factor is {network.scale}")
     return network
 
 
-def _forward(network: Network, pixels: np.ndarray) -> np.ndarray:
+def _by_spandrel(source: Path, tensors: dict[str, Tensor]) -> Network:
+    """Any other architecture of spandrel's main registry, which tells it from the tensors as well."""
+    try:
+        spandrel = importlib.import_module("spandrel")
+    except ImportError as absent:
+        needed = "other architectures need the package spandrel: pip install 'heliograph[upscalers]'"
+        raise InvalidRequest("location", f"{source} is neither an ESRGAN nor a Compact network; {needed}") from absent
+    try:
+        found = spandrel.MAIN_REGISTRY.load(tensors)
+    except spandrel.UnsupportedModelError as unknown:
+        raise InvalidRequest("location", f"{source} has none of the architectures that spandrel knows") from unknown
+    if not isinstance(found, spandrel.ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
+        raise InvalidRequest("location", f"{source} is {found.architecture.name}; an upscaler takes and gives RGB")
+    able = {torch.float16: found.supports_half, torch.bfloat16: found.supports_bfloat16}
+    return Network(
+        found,
+        found.model,
+        found.scale,
+        dtypes=tuple(dtype for dtype, can in able.items() if can),
+        whole=found.tiling is spandrel.ModelTiling.INTERNAL,
+    )
+
+
+def _draw(network: Network, device: torch.device, pixels: np.ndarray) -> np.ndarray:
     """One tile: uint8 (h, w, 3) to float32 (h * scale, w * scale, 3)."""
+    dtype = next(network.module.parameters()).dtype
     x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 255
-    y = network(x.to(network.device, network.dtype))[0].float()
+    with torch.inference_mode():
+        y = network.forward(x.to(device, dtype))[0].float()
     if not torch.isfinite(y).all():
         raise GenerationFailed("nan_latents", "the upscaler's output was not finite; another dtype may help")
     return (y.permute(1, 2, 0) * 255).cpu().contiguous().numpy()

@@ -11,7 +11,7 @@ LANCZOS = "lanczos"  # always there, and needs no weights
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalerCard:
-    """The upscalers by name, the one that is used when none is named, and the largest pictures in and out, in pixels."""
+    """The upscalers by name, the one that is used when none is named, the largest pictures in and out, in pixels."""
 
     names: tuple[str, ...] = (LANCZOS,)
     default: str = LANCZOS
@@ -41,6 +41,6 @@ class UpscalerCard:
         if size[0] * size[1] > self.max_output_pixels:
             raise InvalidRequest(
                 f"{prefix}scale",
-                f"{scale:g} makes {size[0]}x{size[1]} of {width}x{height}; at most {self.max_output_pixels} pixels are allowed",
+                f"{scale:g} makes {size[0]}x{size[1]} of {width}x{height}; allowed: {self.max_output_pixels} pixels",
             )
         return size

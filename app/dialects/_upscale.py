@@ -96,7 +96,7 @@ async def _read(request: Request) -> tuple[UpscaleForm, bytes]:
 
 
 def _answer_as(accept: str, form: UpscaleForm) -> tuple[str, ImageFormat]:
-    """The answer's media type and the picture's format. Raises NotAcceptable or InvalidRequest where they contradict."""
+    """The answer's media type and the picture's format. Raises NotAcceptable, or InvalidRequest for a contradiction."""
     asked = "jpeg" if form.output_format == "jpg" else cast(ImageFormat, form.output_format or "png")
     first = MEDIA_TYPES[asked]
     chosen = wire.choose_media_type(accept, (JSON, first, *(kind for kind in MEDIA_TYPES.values() if kind != first)))

@@ -27,7 +27,9 @@ TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 
 
 class MemoryRouter:
-    """Draws the seed as a colour, and enlarges by Lanczos. `refusal` comes first, `failure` after a step; `gate` holds the pictures back."""
+    """Draws the seed as a colour, enlarges by Lanczos.
+
+    `refusal` comes first, `failure` after a step; `gate` holds the pictures back."""
 
     def __init__(self):
         self.requests: list[EffectiveRequest] = []

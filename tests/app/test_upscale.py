@@ -19,6 +19,7 @@ from app.replica import Chain
 from app.router import UpscalerRoute
 from app.settings import UpscalerSettings
 from app.upscaler import Upscaler
+from models import metadata
 from models.errors import GenerationFailed, InvalidRequest, Overloaded
 from models.events import Failed, Finished, Progress
 from models.images import encode
@@ -89,15 +90,15 @@ async def test_accept_and_format_must_agree(client: httpx2.AsyncClient):
         ({"json": {"image": BASE64, "model": "nope"}}, 404, None, "lanczos, 2x"),
         ({"json": {"image": BASE64, "output_format": "gif"}}, 422, "output_format", "png"),
         ({"content": b"{"}, 400, "body", "JSON"),
-        ({"files": {"img": FILE["image"]}}, 422, "img", "image"),
-        ({"files": {"scale": (None, "2")}}, 422, "image", "required, as a file"),
+        ({"files": {"img": FILE["image"]}}, 422, "image", "only file"),
+        ({"files": {"scale": (None, "2")}}, 422, "image", "only file"),
         ({"files": FILE, "data": {"scale": "two"}}, 422, "scale", "number"),
         ({"files": FILE, "data": {"scale": "nan"}}, 422, "scale", ""),
         ({"files": FILE, "data": {"factor": "2"}}, 422, "factor", "unknown field"),
-        ({"files": [("image", FILE["image"]), ("image", FILE["image"])]}, 422, "image", "twice"),
-        ({"files": [("image", FILE["image"])] * 65}, 400, "body", "form"),
-        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body", "form"),
-        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "body", "form"),
+        ({"files": [("image", FILE["image"]), ("image", FILE["image"])]}, 422, "image", "only file"),
+        ({"files": [("image", FILE["image"])] * 65}, 413, "body", "parts"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body", "boundary"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "body", "multipart"),
         ({"files": {"image": ("in.png", b"x" * 200_000)}}, 413, "body", "100000"),
     ],
     ids=lambda value: str(value)[:60],
@@ -197,7 +198,7 @@ async def test_a_full_replica_refuses_and_a_caller_who_leaves_makes_room():
 # From a model's replica to the upscaler
 
 REQUEST = GenerationRequest(model="sd15", prompt="x", seed=3, samples=2, output_format="jpeg")
-CHAINED = replace(REQUEST, upscale=Upscale(scale=2, model="2x")).resolve(CARDS["sd15"])
+CHAINED = replace(REQUEST, upscale=Upscale(scale=2, model="2x"), metadata="full").resolve(CARDS["sd15"])
 
 
 class Direct(UpscalerRoute):
@@ -208,11 +209,11 @@ class Direct(UpscalerRoute):
         self._replica, self._faults = replica, list(faults)
         self.asked = 0
 
-    async def _attempt(self, picture: bytes, wanted: Upscale, format: Any) -> Upscaled | Failed:
+    async def _attempt(self, picture: bytes, wanted: Upscale, format: Any, text: Any) -> Upscaled | Failed:
         self.asked += 1
         if self._faults:
             raise self._faults.pop(0)
-        return await self._replica.upscale(picture, wanted, format)
+        return await self._replica.upscale(picture, wanted, format, text)
 
 
 def finished(index: int) -> Finished:
@@ -232,17 +233,20 @@ async def drained(request: EffectiveRequest, route: UpscalerRoute, *events: Any)
 
 async def test_finished_pictures_go_on_to_the_upscaler_and_come_back_larger():
     progress = Progress(index=0, step=1, steps=2, forward=1, rows=2)
-    told = await drained(CHAINED, Direct(await new_replica()), finished(0), progress, finished(1))
-    assert told[0] == progress  # nothing waits for the upscaler
-    assert {event.index for event in told[1:]} == {0, 1}
-    for event in told[1:]:
+    heard = await drained(CHAINED, Direct(await new_replica()), finished(0), progress, finished(1))
+    assert heard[0] == progress  # nothing waits for the upscaler
+    assert {event.index for event in heard[1:]} == {0, 1}
+    for event in heard[1:]:
         assert look_at(event.data) == ("JPEG", (60, 40))
         assert (event.format, event.width, event.height, event.seed) == ("jpeg", 60, 40, event.index)
+        told = metadata.read(event.data).parameters  # it tells of the picture as it is in the end
+        assert told["upscale"] == {"scale": 2, "model": "2x"}
+        assert (told["output_format"], told["seed"]) == ("jpeg", 3 + event.index)
 
 
 async def test_the_engine_draws_png_and_knows_of_no_upscaler():
     chain = Chain(CHAINED, asyncio.Queue(), UpscalerRoute())
-    assert (chain.first.output_format, chain.first.upscale) == ("png", None)
+    assert (chain.first.output_format, chain.first.upscale, chain.first.metadata) == ("png", None, "none")
     plain = REQUEST.resolve(CARDS["sd15"])
     assert Chain(plain, asyncio.Queue(), UpscalerRoute()).first is plain
 

@@ -1,21 +1,22 @@
-"""Enlargement: networks through spandrel, tiles without seams, alpha, limits, and that learning paid."""
+"""Enlargement: networks told by their tensors, tiles without seams, alpha, limits, and that learning paid."""
 
+import importlib
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from spandrel import MAIN_REGISTRY
-from spandrel.architectures.Compact import SRVGGNetCompact
-from spandrel.architectures.ESRGAN import RRDBNet
 
 from models import tiles, upscaler
 from models.alpha import Layers
 from models.embedded.upscalers import scores
 from models.errors import Cancelled, GenerationFailed, InvalidRequest, NotFound
+from models.esrgan import RRDB, Compact, build
 from models.parts import Upscale
 from models.upscaler import Upscaler
 from models.upscaler_card import UpscalerCard
@@ -38,7 +39,7 @@ def esrgan(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An ESRGAN of random weights: its architecture has to be told from its tensors."""
     path = tmp_path_factory.mktemp("weights") / "esrgan.safetensors"
     torch.manual_seed(0)
-    save_file(RRDBNet(num_filters=8, num_blocks=1, scale=4).state_dict(), path)
+    save_file(RRDB(8, blocks=1, growth=4, doublings=2).state_dict(), path)
     return str(path)
 
 
@@ -68,13 +69,73 @@ def test_lanczos_is_always_there_at_any_scale(scene: np.ndarray, scale: float, s
     assert enlarged.size == size
 
 
-def test_a_checkpoint_is_recognised_and_draws_what_spandrel_draws(esrgan: str, scene: np.ndarray):
+def test_a_checkpoint_is_told_by_its_tensors(esrgan: str, scene: np.ndarray):
     small = scene[:40, :52]
     enlarged = made({"mine": esrgan}).upscale(png(small), Upscale(scale=4, model="mine")).colour
-    x = torch.from_numpy(small.astype(np.float32)).permute(2, 0, 1)[None] / 255
-    expected = MAIN_REGISTRY.load(load_file(esrgan))(x)[0].permute(1, 2, 0).numpy() * 255
-    assert off_by(enlarged, np.rint(expected)) <= 1
+    network = RRDB(8, blocks=1, growth=4, doublings=2)
+    network.load_state_dict(load_file(esrgan))
+    with torch.inference_mode():
+        drawn = network(torch.from_numpy(small.astype(np.float32)).permute(2, 0, 1)[None] / 255)[0]
+    assert off_by(enlarged, np.clip(np.rint(drawn.permute(1, 2, 0).numpy() * 255), 0, 255)) <= 1
     assert enlarged.std() > 1
+
+
+LAYOUTS = {  # how others have named the same tensors: ours first
+    "ESRGAN": (
+        (r"body\.(\d+)\.rdb(\d)\.conv(\d)", r"model.1.sub.\1.RDB\2.conv\3.0"),
+        (r"conv_body", "model.1.sub.2"), (r"conv_first", "model.0"), (r"conv_up\.0", "model.3"),
+        (r"conv_up\.1", "model.6"), (r"conv_hr", "model.8"), (r"conv_last", "model.10"),
+    ),
+    "BSRGAN": (
+        (r"body\.(\d+)\.rdb(\d)\.conv(\d)", r"RRDB_trunk.\1.RDB\2.conv\3"),
+        (r"conv_body", "trunk_conv"), (r"conv_up\.0", "upconv1"), (r"conv_up\.1", "upconv2"), (r"conv_hr", "HRconv"),
+    ),
+    "Real-ESRGAN": ((r"conv_up\.0", "conv_up1"), (r"conv_up\.1", "conv_up2")),
+    "wrapped": ((r"^", "module.params_ema."),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("unshuffle", [1, 2])
+def test_every_layout_of_esrgan_is_the_same_network(layout: str, unshuffle: int):
+    torch.manual_seed(1)
+    network = RRDB(8, blocks=2, growth=4, doublings=2, unshuffle=unshuffle)
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        for pattern, theirs in LAYOUTS[layout]:
+            name = re.sub(pattern, theirs, name)
+        tensors[name] = tensor
+    found = build(tensors)
+    assert found is not None
+    assert found.scale == 4 // unshuffle
+    x = torch.rand(1, 3, 9, 7)
+    torch.testing.assert_close(found(x), network(x))
+    assert found(x).shape == (1, 3, 9 * found.scale, 7 * found.scale)
+
+
+@pytest.mark.parametrize("make", [lambda: Compact(8, 2, 3), lambda: RRDB(8, 2, 4, 2), lambda: RRDB(8, 2, 4, 2, 2)])
+def test_networks_draw_what_spandrels_draw(make: Any):
+    spandrel = pytest.importorskip("spandrel")
+    torch.manual_seed(2)
+    network = make()
+    tensors = {
+        re.sub(r"conv_up\.(\d)", lambda m: f"conv_up{int(m[1]) + 1}", k): v for k, v in network.state_dict().items()
+    }
+    theirs = spandrel.MAIN_REGISTRY.load(tensors)
+    x = torch.rand(1, 3, 16, 24)
+    assert theirs.scale == network.scale
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs.model(x), network(x), atol=1e-6, rtol=0)
+
+
+def test_another_architecture_runs_through_spandrel(tmp_path: Path, scene: np.ndarray):
+    pytest.importorskip("spandrel")
+    architecture = importlib.import_module("spandrel.architectures.SPAN")
+    torch.manual_seed(3)
+    network = architecture.SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2)
+    save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, tmp_path / "span.safetensors")
+    mine = {"mine": str(tmp_path / "span.safetensors")}
+    assert made(mine).upscale(png(scene[:30, :40]), Upscale(scale=2, model="mine")).size == (80, 60)
 
 
 @pytest.mark.parametrize("name", ["2x", "4x"])
@@ -159,7 +220,7 @@ def test_progress_is_told_by_tile_and_a_caller_may_leave_between_two(shipped: di
 
 def test_limits_say_what_is_allowed(shipped: dict[str, str], scene: np.ndarray):
     small = made(shipped, max_input_pixels=60_000, max_output_pixels=250_000)
-    with pytest.raises(InvalidRequest, match="600x400 of 300x200; at most 250000") as refused:
+    with pytest.raises(InvalidRequest, match="660x440 of 300x200; allowed: 250000") as refused:
         small.upscale(png(scene), Upscale(scale=2.2, model="lanczos"))
     assert refused.value.field == "scale"
     with pytest.raises(InvalidRequest, match="1200x800"):  # what the network makes on the way
@@ -179,7 +240,7 @@ def test_limits_say_what_is_allowed(shipped: dict[str, str], scene: np.ndarray):
 
 
 def test_what_is_not_finite_is_no_picture(tmp_path: Path, scene: np.ndarray):
-    weights = {name: tensor * float("nan") for name, tensor in SRVGGNetCompact(num_feat=4, num_conv=1).state_dict().items()}
+    weights = {name: tensor * float("nan") for name, tensor in Compact(4, 1, 4).state_dict().items()}
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(GenerationFailed) as failed:
         made({"nan": str(tmp_path / "nan.safetensors")}).upscale(png(scene), Upscale(scale=4, model="nan"))
@@ -189,19 +250,19 @@ def test_what_is_not_finite_is_no_picture(tmp_path: Path, scene: np.ndarray):
 def test_only_upscalers_in_safetensors_are_taken(tmp_path: Path):
     files = {
         "other.safetensors": {"a": torch.zeros(2)},
-        "sharpener.safetensors": SRVGGNetCompact(num_feat=4, num_conv=1, upscale=1).state_dict(),
-        "grey.safetensors": SRVGGNetCompact(1, 1, num_feat=4, num_conv=1).state_dict(),
+        "sharpener.safetensors": Compact(4, 1, 1).state_dict(),
+        "grey.safetensors": Compact(4, 1, 2).state_dict() | {"body.0.weight": torch.zeros(4, 1, 3, 3)},
         "torn.safetensors": {
-            k: v for k, v in SRVGGNetCompact(num_feat=4, num_conv=1).state_dict().items() if k != "body.2.weight"
+            name: tensor for name, tensor in Compact(4, 1, 4).state_dict().items() if name != "body.2.weight"
         },
     }
     for name, weights in files.items():
         save_file(weights, tmp_path / name)
     torch.save(files["sharpener.safetensors"], tmp_path / "pickled.pth")
     for name, word in (
-        ("other.safetensors", "none of the architectures"),
-        ("sharpener.safetensors", "makes RGB pictures larger"),
-        ("grey.safetensors", "makes RGB pictures larger"),
+        ("other.safetensors", "spandrel"),
+        ("sharpener.safetensors", "does not enlarge"),
+        ("grey.safetensors", "takes and gives RGB"),
         ("torn.safetensors", "cannot be loaded"),
         ("pickled.pth", "pickled weights can run code"),
         ("absent.safetensors", "absent"),

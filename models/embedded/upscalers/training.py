@@ -7,30 +7,25 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from spandrel.architectures.Compact import SRVGGNetCompact
 from torch import Tensor, nn
 
 from models.embedded.drawing import render
 from models.embedded.training import Dice, Plan, train
 from models.embedded.world import training_scene
+from models.esrgan import Compact
 
 SCALES = (2, 4)
-FEATURES, LAYERS = 24, 8
+FEATURES, LAYERS = 24, 6
 SIDES = (96, 128, 192, 256, 384)  # of the pictures; the larger ones show their edges as photographs of edges do
 PICTURES = 600
-PATCH = 24  # pixels of the small picture
-BATCH = 16
+PATCH = 20  # pixels of the small picture
+BATCH = 12
 CANDIDATES = 4  # places of which the liveliest is taken: the plain background teaches little
 SHRINKINGS = (Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLANS = {
-    2: Plan(name="upscaler_2x", steps=6000, learning_rate=2e-3, weight_decay=0.0),
-    4: Plan(name="upscaler_4x", steps=6000, learning_rate=2e-3, weight_decay=0.0),
+    2: Plan(name="upscaler_2x", steps=4000, learning_rate=2e-3, weight_decay=0.0),
+    4: Plan(name="upscaler_4x", steps=4000, learning_rate=2e-3, weight_decay=0.0),
 }
-
-
-def network(scale: int) -> SRVGGNetCompact:
-    """The architecture, which spandrel recognises by its tensors."""
-    return SRVGGNetCompact(num_feat=FEATURES, num_conv=LAYERS, upscale=scale)
 
 
 def make(scale: int, path: Path, *, folder: Path, share: float = 1.0) -> None:
@@ -43,13 +38,13 @@ def make(scale: int, path: Path, *, folder: Path, share: float = 1.0) -> None:
         small, large = pairs(pictures, scale, dice.numpy)
         return charbonnier(learner(small) - large)
 
-    learner = started(network(scale))
+    learner = started(Compact(FEATURES, LAYERS, scale))
     trained = train(learner, plan, loss, folder=folder, device=torch.device("cpu"))
     save_file({name: tensor.half().contiguous() for name, tensor in trained.state_dict().items()}, path)
     path.chmod(0o644)  # safetensors leaves it to the owner alone
 
 
-def started(net: SRVGGNetCompact) -> SRVGGNetCompact:
+def started(net: Compact) -> Compact:
     """Initial weights with which it begins as what its skip connection is: the nearest pixel."""
     last = net.body[-1]
     assert isinstance(last, nn.Conv2d)
@@ -69,7 +64,7 @@ def gallery(count: int, rng: np.random.Generator) -> list[Image.Image]:
 
 
 def pairs(pictures: list[Image.Image], scale: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Patches as they should be and their shrunken inputs: (BATCH, 3, PATCH * scale, ...) and (BATCH, 3, PATCH, ...)."""
+    """Inputs, (BATCH, 3, PATCH, PATCH), and what they were shrunk from, (BATCH, 3, PATCH * scale, PATCH * scale)."""
     large = [patch(pictures[rng.integers(len(pictures))], PATCH * scale, rng) for _ in range(BATCH)]
     small = [picture.resize((PATCH, PATCH), SHRINKINGS[rng.integers(len(SHRINKINGS))]) for picture in large]
     return batch(small), batch(large)
@@ -81,7 +76,7 @@ def patch(picture: Image.Image, side: int, rng: np.random.Generator) -> Image.Im
     for _ in range(CANDIDATES):
         x, y = rng.integers(0, picture.width - side + 1, 2)
         found.append(np.asarray(picture.crop((x, y, x + side, y + side))))
-    liveliest = max(found, key=lambda pixels: float(pixels.std(axis=(0, 1)).sum()))
+    liveliest = max(found, key=lambda pixels: float(pixels[::3, ::3].std(axis=(0, 1)).sum()))
     turned = np.rot90(liveliest, rng.integers(4))
     flipped = turned[:, ::-1] if rng.integers(2) else turned
     return Image.fromarray(np.ascontiguousarray(flipped[..., rng.permutation(3)]))
