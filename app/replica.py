@@ -143,21 +143,25 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
     import torch
 
     from models import families
-    from models.engine import Engine
+    from models.engine import Engine, host
 
     # Ray sets OMP_NUM_THREADS from num_cpus, which counts for placement only.
-    torch.set_num_threads(settings.threads or cores())
-    family = families.load(
-        family=settings.family,
-        source=settings.located_source,
-        revision=settings.revision,
-        config=settings.config,
-        device=settings.device,
-        dtype=settings.dtype,
-        offload=settings.offload,
-    )
-    engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
-    if warm_up:
-        engine.warm_up(settings.max_rows)
-    engine.start()
-    return engine, {"name": settings.name, "family": settings.family, "threads": torch.get_num_threads()}
+    threads = settings.threads or cores()
+
+    def make() -> Engine:
+        torch.set_num_threads(threads)
+        family = families.load(
+            family=settings.family,
+            source=settings.located_source,
+            revision=settings.revision,
+            config=settings.config,
+            device=settings.device,
+            dtype=settings.dtype,
+            offload=settings.offload,
+        )
+        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
+        if warm_up:
+            engine.warm_up(settings.max_rows)
+        return engine
+
+    return host(make), {"name": settings.name, "family": settings.family, "threads": threads}

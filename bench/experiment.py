@@ -25,7 +25,7 @@ from models.request import GenerationRequest
 PATIENCE = 3.0  # a request is in time within so many times its isolated latency
 COMMON_SHARE = 0.7  # of B0's saturated throughput: the rate at which every contender's latencies are compared
 CAPACITY_GUESS = 0.7  # of a contender's own saturated throughput: where the search for its capacity begins
-CHALLENGERS: dict[str, Callable[[int], Contender]] = {"B1": Grouped, "E": InProcess.embedded, "H": Server}
+CHALLENGERS = ("B1", "E", "H")
 SEARCHED = ("B1", "E")  # capacity costs many trials; H is compared with E at saturation and at the common rate
 Say = Callable[[str, int, int], None]
 
@@ -39,6 +39,7 @@ class Experiment:
         self.results = Results(machine=Machine.here(plan.threads), command=command, seed=plan.seed)
         self._isolated_s: dict[RequestClass, float] = {}
         self._costs: BatchCosts | None = None
+        self._cap: int | None = None  # E's, in rows
         self._pictures: dict[str, dict[int, bytes]] = {}  # B0's, by workload and seed
 
     async def run(self) -> Results:
@@ -46,14 +47,25 @@ class Experiment:
         async with Serial.embedded(self._plan.threads) as serial:
             await self._calibrate(serial)
             first = await self._measure_all(serial)
-            for name in self._plan.contenders:
-                if name in CHALLENGERS:
-                    self._say(f"{name}: starting", 0, 1)
-                    async with CHALLENGERS[name](self._plan.threads) as challenger:
-                        await self._measure_all(challenger)
+        for name in self._plan.contenders:
+            if name in CHALLENGERS:
+                self._say(f"{name}: starting", 0, 1)
+                async with self._challenger(name) as challenger:
+                    await self._measure_all(challenger)
+        async with Serial.embedded(self._plan.threads) as serial:
             self.results.drift = ratio(await self._again(serial), first)
         self.results.minutes = round((time.monotonic() - started) / 60, 1)
         return self.results
+
+    def _challenger(self, name: str) -> Contender:
+        threads = self._plan.threads
+        match name:
+            case "B1":
+                return Grouped(threads)
+            case "E":
+                return InProcess.embedded(threads)
+            case _:
+                return Server(threads, self._cap)
 
     async def _calibrate(self, serial: Serial) -> None:
         """B0's isolated latencies, from which everyone's deadlines follow, and the batch times that tune B1."""
@@ -100,6 +112,7 @@ class Experiment:
             note = str(batching)
         if isinstance(contender, InProcess):
             sides = sorted({kind.side for kind in workload.classes})
+            self._cap = contender.cap(sides[0])
             note = ", ".join(f"cap of {contender.cap(side)} rows at {side} px" for side in sides)
         run = await self._drive(contender, Load.saturating(requests), f"{workload.title}: saturated")
         pictures = {o.request.seed: o.picture for o in run.outcomes if o.request.seed is not None}

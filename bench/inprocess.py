@@ -13,7 +13,7 @@ from bench.pipeline import SOURCE
 from bench.workloads import MODEL
 from models import families
 from models.card import ModelCard
-from models.engine import Engine
+from models.engine import Engine, host
 from models.events import Event, Failed, Finished
 from models.request import GenerationRequest
 
@@ -35,8 +35,7 @@ class InProcess:
         return cls(partial(embedded, threads))
 
     async def __aenter__(self) -> Self:
-        self._engine = await asyncio.to_thread(self._make)
-        self._engine.start()
+        self._engine = await asyncio.to_thread(host, self._make)
         return self
 
     async def __aexit__(

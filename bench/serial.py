@@ -34,8 +34,9 @@ class Serial:
         return cls(partial(embedded, threads))
 
     async def __aenter__(self) -> Self:
-        self._pipeline = await asyncio.to_thread(self._make)
+        # Made where it runs: torch is at its fastest when no other thread has computed (models.aside).
         self._worker = ThreadPoolExecutor(max_workers=1)
+        self._pipeline = await asyncio.get_running_loop().run_in_executor(self._worker, self._make)
         return self
 
     async def __aexit__(

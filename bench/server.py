@@ -29,8 +29,10 @@ class Server:
     name = "H"
     title = "Heliograph, through HTTP"
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, max_rows: int | None = None):
+        """`max_rows` is the engine's cap; it measures its own where that is None."""
         self._threads = threads
+        self._max_rows = max_rows
 
     async def __aenter__(self) -> Self:
         # Ended from outside, this process must stop what it has started; ray's own handler for the signal would not.
@@ -39,7 +41,7 @@ class Server:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
         config = Path(self._folder.name) / "serve_config.yaml"
-        config.write_text(yaml.safe_dump(one_model(yaml.safe_load(CONFIG.read_text()), self._threads)))
+        config.write_text(yaml.safe_dump(one_model(yaml.safe_load(CONFIG.read_text()), self._threads, self._max_rows)))
         port = _free_port()
         self._log = (Path(self._folder.name) / "log").open("wb")
         command = ("-c", "from app.cli import main; main()", "serve", "--config", str(config), "--port", str(port))
@@ -95,11 +97,11 @@ class Server:
         """A client does not see it."""
 
 
-def one_model(config: dict[str, Any], threads: int) -> dict[str, Any]:
-    """The configuration with only the benchmarked model, the others' threads and a queue that refuses nobody."""
+def one_model(config: dict[str, Any], threads: int, max_rows: int | None) -> dict[str, Any]:
+    """The configuration with only the benchmarked model, the others' threads and cap, a queue that refuses nobody."""
     applications = [a for a in config["applications"] if not a["name"].startswith("model-") or MODEL in a["name"]]
     model = next(a for a in applications if a["name"] == f"model-{MODEL}")
-    model["args"] |= {"threads": threads, "max_waiting": 100_000}
+    model["args"] |= {"threads": threads, "max_waiting": 100_000, "max_rows": max_rows}
     gateway = next(a for a in applications if a["name"] == "gateway")
     gateway["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
     return {**config, "applications": applications}

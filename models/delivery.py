@@ -49,7 +49,8 @@ class Delivery:
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Decodes sequences of one shape and hands them to the packing threads."""
-        pictures = self._autoencoder.decode(torch.stack([sequence.latents for sequence in sequences]))
+        # numpy from here on: torch would give each packing thread OpenMP workers of its own (models.aside).
+        pictures = self._autoencoder.decode(torch.stack([sequence.latents for sequence in sequences])).numpy()
         for sequence, picture in zip(sequences, pictures, strict=True):
             self._threads.submit(self._pack, sequence, picture)
 
@@ -57,7 +58,7 @@ class Delivery:
         """Waits for the pictures that are being packed."""
         self._threads.shutdown()
 
-    def _pack(self, sequence: Sequence, picture: torch.Tensor) -> None:
+    def _pack(self, sequence: Sequence, picture: np.ndarray) -> None:
         try:
             self._on_packed(sequence, _packed(sequence, picture))
         except GenerationFailed as failed:
@@ -66,13 +67,13 @@ class Delivery:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
 
 
-def _packed(sequence: Sequence, picture: torch.Tensor) -> Packed:
+def _packed(sequence: Sequence, picture: np.ndarray) -> Packed:
     """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
-    if not torch.isfinite(picture).all():
+    if not np.isfinite(picture).all():
         raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
-    array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    array = (picture.transpose(1, 2, 0) * 255).round().astype(np.uint8)
     if sequence.canvas is not None and sequence.request.paste_back:
         array = sequence.canvas.paste(array)
     data = encode(array, sequence.request.output_format)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
 from models.delivery import Delivery, Packed
@@ -87,7 +88,7 @@ class Engine:
         effective = request.resolve(self.card)
         ticket_id = uuid.uuid4().hex
         indices = range(effective.samples)
-        sequences = [self._preparation.sequence(effective, index, ticket_id) for index in indices]
+        sequences = aside(lambda: [self._preparation.sequence(effective, index, ticket_id) for index in indices])
         with self._lock:
             waiting = sum(sequence.history is None for sequence in self._live)
             if self._closed:
@@ -143,11 +144,6 @@ class Engine:
                 time.sleep(0.001)  # the last pictures are being packed
         return [future.result() for future in futures]
 
-    def start(self) -> None:
-        """Steps in a thread of its own until `close`."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no more requests, gives the present ones `drain_s` seconds, fails the rest and stops the thread."""
         with self._lock:
@@ -181,6 +177,7 @@ class Engine:
         return bool(batch or decoding)
 
     def _run(self) -> None:
+        """Steps until `close`."""
         while not (self._closed and not self._tickets):
             with self._lock:
                 if not self._live and not self._delivery.queue:
@@ -310,7 +307,7 @@ class Engine:
     # Measuring
 
     def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before `start`."""
+        """Draws a picture and measures the cap in rows at the native size, unless told it. It comes before any step."""
         request = GenerationRequest(model=self.card.name, prompt="warm-up", steps=2, seed=0)
         self.generate([request])
         shape = self._preparation.sequence(request.resolve(self.card), 0, "").shape
@@ -330,16 +327,37 @@ class Engine:
         return seconds
 
     def _time_forward(self, rows: int) -> float:
-        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of three."""
-        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=3, seed=0)
+        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
+        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=5, seed=0)
         sequences = [self._preparation.sequence(plain.resolve(self.card), 0, "") for _ in range(rows)]
         self._preparation.join(sequences)
         seconds = []
-        for _ in range(3):
+        for _ in range(5):
             started = time.perf_counter()
             self._denoiser.step(sequences).sum().item()
             seconds.append(time.perf_counter() - started)
         return min(seconds)
+
+
+def host(make: Callable[[], Engine]) -> Engine:
+    """An engine that is made, and then stepped until `close`, in one thread of its own. Raises what `make` raises.
+
+    One thread for both: a second one that has computed would slow the first (models.aside).
+    """
+    made: Future[Engine] = Future()
+
+    def live() -> None:
+        try:
+            engine = make()
+        except BaseException as fault:
+            made.set_exception(fault)
+            return
+        engine._thread = threading.current_thread()
+        made.set_result(engine)
+        engine._run()
+
+    threading.Thread(target=live, name="engine", daemon=True).start()
+    return made.result()
 
 
 def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:

@@ -1,7 +1,6 @@
 """The clients that people write by habit (curl and jq, Python's requests, Node's fetch) run with host and key replaced.
 
-Sizes and steps are those of the published examples, so this is also the heaviest work of the suite. The model wakes for
-it.
+Sizes and steps are those of the published examples, so this is also the heaviest work of the suite.
 """
 
 import subprocess

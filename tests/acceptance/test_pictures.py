@@ -89,7 +89,15 @@ def test_the_models_are_listed(server: Server):
     assert models["sd15"]["state"] == "ready"
     assert models["sd15"]["default"]
     assert models["sd21"]["state"] in ("cold", "loading", "ready")
+    assert models["sdxl"]["state"] in ("loading", "ready"), "it is awake from the start"
     assert models["sdxl"]["limits"]["max_pixels"] == 1024 * 1024
+
+
+def test_a_model_that_sleeps_wakes_for_a_request(server: Server):
+    answer = server.post(model="sd21", prompt="a red circle on a blue background", seed=1, steps=12)
+    red, _, blue = picture(answer)[64, 64]
+    assert red > 1.3 * blue
+    assert httpx2.get(f"{server.address}/v1/models/sd21").json()["state"] == "ready"
 
 
 def test_every_bad_body_is_refused(server: Server):

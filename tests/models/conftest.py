@@ -1,14 +1,18 @@
 """The embedded models, loaded once for all tests: as engines, and as diffusers' own pipelines to compare with."""
 
+import io
 from functools import cache
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models import families
 from models.card import ModelCard
 from models.engine import Engine
+from models.images import Picture
 
 FAMILIES = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl"}
 
@@ -32,6 +36,16 @@ def pipeline(name: str) -> diffusers.DiffusionPipeline:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sketch() -> Picture:
+    """A smooth coloured picture to start from."""
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Picture.from_array(coarse).resized(128, 128)
+
+
+def drawn(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 @pytest.fixture(scope="session", autouse=True)

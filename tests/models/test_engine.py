@@ -1,7 +1,10 @@
 """The engine's promises: joining and leaving take one step, bounds hold, failures are typed and stay with their own."""
 
 import io
+import os
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,11 +12,11 @@ import torch
 from PIL import Image
 
 from models.card import ModelCard
-from models.engine import Engine
+from models.engine import Engine, host
 from models.errors import Cancelled, GenerationFailed, InvalidRequest, NotFound, Overloaded
 from models.events import Failed, Finished, Progress
 from models.request import GenerationRequest
-from tests.models.conftest import loaded_family, new_engine
+from tests.models.conftest import loaded_family, new_engine, sketch
 
 
 def ask(**fields) -> GenerationRequest:
@@ -209,8 +212,7 @@ def test_one_requests_fault_leaves_its_neighbours_alone():
 
 
 def test_a_running_engine_serves_from_its_own_thread_and_closes():
-    engine = new_engine("sd15")
-    engine.start()
+    engine = host(lambda: new_engine("sd15"))
     pictures = engine.generate([ask(seed=seed) for seed in range(3)])
     assert [p.seed for [p] in pictures] == [0, 1, 2]
     assert engine.healthy() is None
@@ -222,9 +224,19 @@ def test_a_running_engine_serves_from_its_own_thread_and_closes():
         engine.submit(ask(), events.append)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads where Linux lists them")
+def test_who_submits_keeps_no_openmp_workers_that_would_slow_the_engine_down(engine):
+    caller = ThreadPoolExecutor(1)
+    caller.submit(time.time).result()
+    before = len(os.listdir("/proc/self/task"))
+    for sampler in ("dpmpp_2m", "euler_a", "unipc"):  # each a tape to compile
+        request = ask(sampler=sampler, steps=17, image=sketch(), denoise_strength=0.5)
+        caller.submit(engine.submit, request, lambda event: None).result()
+    assert len(os.listdir("/proc/self/task")) == before
+
+
 def test_closing_with_a_drain_finishes_what_was_begun():
-    engine = new_engine("sd15")
-    engine.start()
+    engine = host(lambda: new_engine("sd15"))
     events = []
     engine.submit(ask(steps=4), events.append, progress=False)
     engine.close(drain_s=60)

@@ -1,6 +1,5 @@
 """Acceptance 2: for every sampler, model and task the engine draws what diffusers' own pipeline draws."""
 
-import io
 from dataclasses import dataclass
 
 import diffusers
@@ -9,23 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.images import Picture
 from models.request import GenerationRequest
 from models.samplers import SAMPLERS, SCHEDULES
-from tests.models.conftest import new_engine, pipeline
+from tests.models.conftest import drawn, new_engine, pipeline, sketch
 
 MODELS = ("sd15", "sd21", "sdxl")
 STEPS = 6
-
-
-def sketch() -> Picture:
-    """A smooth coloured picture to start from."""
-    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Picture.from_array(coarse).resized(128, 128)
-
-
-def drawn(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 @dataclass

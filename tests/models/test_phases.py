@@ -12,9 +12,8 @@ from models.errors import InvalidRequest
 from models.events import Failed, Finished, Progress
 from models.parts import Hires
 from models.request import GenerationRequest
-from tests.models.conftest import new_engine, pipeline
+from tests.models.conftest import drawn, new_engine, pipeline, sketch
 from tests.models.test_engine import step_until
-from tests.models.test_parity import drawn, sketch
 
 
 def ask(**fields) -> GenerationRequest:
