@@ -1,6 +1,5 @@
-"""The command line: serve, generate, upscale, models, bench. Heavy imports wait until a command needs them."""
+"""The command line. Heavy imports wait until a command needs them."""
 
-import base64
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from app.options import read_picture, to_body, with_options
 from models.errors import HeliographError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -91,42 +91,22 @@ def _greet(running: Any, model: str, seconds: float) -> None:
 
 
 @app.command()
+@with_options
 def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="Several pictures become NAME-0.png, ...")] = Path(
         "out.png"
     ),
-    model: Annotated[str | None, typer.Option(help="One of `heliograph models list`.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n")] = None,
-    width: int | None = None,
-    height: int | None = None,
-    steps: int | None = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "-g")] = None,
-    guidance_rescale: float | None = None,
-    seed: Annotated[int | None, typer.Option("--seed", "-s")] = None,
-    samples: int | None = None,
-    sampler: Annotated[str | None, typer.Option(help="Such as euler_a or 'DPM++ 2M Karras'.")] = None,
-    schedule: str | None = None,
-    clip_skip: int | None = None,
-    image: Annotated[Path | None, typer.Option("--image", "-i", help="A picture to start from.")] = None,
-    denoise_strength: Annotated[float | None, typer.Option(help="1 ignores the picture, 0 returns it.")] = None,
-    priority: Annotated[str | None, typer.Option(help="interactive or batch.")] = None,
-    deadline_s: Annotated[float | None, typer.Option("--deadline")] = None,
     address: Address = ADDRESS,
     local: Local = False,
     config: Config = DEFAULT_CONFIG,
+    **options: Any,
 ) -> None:
     """Draw PROMPT, through a server or with --local.
 
     The picture's format is the file's: .png, .jpg or .webp.
     """
-    options = dict(locals())
-    for name in ("output", "address", "local", "config", "image"):
-        del options[name]
-    body = {name: value for name, value in options.items() if value is not None}
-    body["output_format"] = _format(output)
-    if image is not None:
-        body["image"] = base64.b64encode(_read(image)).decode()
+    body = {"prompt": prompt, "output_format": _format(output)} | to_body(options)
     _save(_generate(body, address, local, config), output)
 
 
@@ -169,22 +149,15 @@ def _save(events: Iterator[Any], output: Path) -> None:
 
 
 def _format(output: Path) -> "ImageFormat":
-    formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
     if output.suffix.lower() not in formats:
         raise InvalidRequest("output", f"must end in one of {', '.join(formats)}, not {output.suffix!r}")
     return formats[output.suffix.lower()]
 
 
-def _read(image: Path) -> bytes:
-    try:
-        return image.read_bytes()
-    except OSError as unreadable:
-        raise InvalidRequest("image", f"cannot read {image}: {unreadable.strerror}") from unreadable
-
-
 @app.command()
 def upscale(
-    image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP; a transparent one stays so.")],
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG, WebP or AVIF; a transparent one stays so.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("out.png"),
     scale: Annotated[float, typer.Option(help="How many times as wide and as high; fractions are allowed.")] = 2.0,
     model: Annotated[str | None, typer.Option(help="lanczos, or an upscaler of the configuration.")] = None,
@@ -192,17 +165,14 @@ def upscale(
     local: Local = False,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Make IMAGE larger, through a server or with --local.
-
-    The format is the output's: .png, .jpg or .webp.
-    """
+    """Make IMAGE larger, through a server or with --local. The format is the output file's."""
     from rich.progress import Progress
 
     from app import client, deployment
     from app.settings import UpscalerSettings
     from models.parts import Upscale
 
-    format, wanted, picture = _format(output), Upscale(scale=scale, model=model), _read(image)
+    format, wanted, picture = _format(output), Upscale(scale=scale, model=model), read_picture("image", image)
     if not local:
         output.write_bytes(client.Client(address).upscale(picture, wanted, format))
         return
@@ -259,6 +229,33 @@ def _models(address: str, local: bool, config: Path) -> list[dict[str, Any]]:
     cards = catalogue.cards().values()
     default = catalogue.default_model
     return [from_model(ModelDescription(card=c, state="cold", default=c.name == default)) for c in cards]
+
+
+@app.command()
+def adapters(address: Address = ADDRESS) -> None:
+    """Every LoRA, embedding, ControlNet, preprocessor and upscaler, and the models that can use it."""
+    from rich.table import Table
+
+    from app import client
+
+    table = Table("name", "kind", "models", "base", "bytes", "sha256")
+    for adapter in client.Client(address).adapters():
+        file = ["" if adapter[key] is None else str(adapter[key])[:12] for key in ("base", "bytes", "sha256")]
+        table.add_row(adapter["name"], adapter["kind"], ", ".join(adapter["models"]), *file)
+    Console().print(table)
+
+
+@app.command()
+def samplers(address: Address = ADDRESS) -> None:
+    """Every sampler: the other names that it answers to, and its schedules."""
+    from rich.table import Table
+
+    from app import client
+
+    table = Table("sampler", "also known as", "schedules")
+    for sampler in client.Client(address).samplers():
+        table.add_row(sampler["name"], ", ".join(sampler["aliases"]), ", ".join(sampler["schedules"]))
+    Console().print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -39,6 +39,14 @@ class Client:
         """One model."""
         return self._get(f"/v1/models/{name}")
 
+    def adapters(self) -> list[dict[str, Any]]:
+        """What a request may name beside a model."""
+        return self._get("/v1/adapters")["data"]
+
+    def samplers(self) -> list[dict[str, Any]]:
+        """Every sampler and its schedules."""
+        return self._get("/v1/samplers")["data"]
+
     def generate(self, body: dict[str, Any]) -> Iterator[Progress | Finished]:
         """Makes pictures and tells how it goes. Raises ServerSaid or Unreachable."""
         request = {"json": body | {"stream": True, "preview_every": 0}, "timeout": REQUEST_TIMEOUT_S}
@@ -81,10 +89,11 @@ class Client:
 
 def generate_locally(settings: ModelSettings, body: dict[str, Any]) -> Iterator[Progress | Finished]:
     """Makes pictures with an engine in this process. Raises the errors of models/errors.py."""
+    from app import wire
     from app.dialects.native import GenerateBody, to_request
     from app.replica import start_engine
 
-    request = to_request(GenerateBody.model_validate(body), settings.name).resolve(settings.card())
+    request = to_request(wire.validate(body, GenerateBody), settings.name).resolve(settings.card())
     engine, _ = start_engine(settings, warm_up=False)
     events: queue.Queue[Event] = queue.Queue()
     try:

@@ -7,6 +7,7 @@ from models.events import Event
 from models.images import ImageFormat
 
 ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
+Ending = Literal["accept", "cancel"]  # how a running request may be made to end before its time
 
 
 @dataclass(frozen=True, kw_only=True)

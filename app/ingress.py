@@ -19,7 +19,7 @@ from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
 from models.errors import HeliographError
-from models.request import GenerationRequest
+from models.request import warm_up_request
 
 WARM_UP_PAUSE_S = 1.0
 
@@ -47,7 +47,7 @@ class Gateway:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
-        self._service.offer(catalogue.cards(), catalogue.default_model, upscaler)
+        self._service.offer(catalogue.cards(), catalogue.default_model, upscaler=upscaler)
         self._readiness.warm_up()
 
 
@@ -81,8 +81,8 @@ class Readiness:
     async def _draw(self) -> None:
         while True:
             try:
-                request = GenerationRequest(model=self._service.default_model, prompt="warm-up", steps=2, seed=0)
-                await self._service.generate(request)
+                card = self._service.card(self._service.default_model)
+                await self._service.generate(warm_up_request(card, steps=2))
                 return
             except HeliographError:  # the model still loads, or is full: there is nothing to do but ask again
                 await asyncio.sleep(WARM_UP_PAUSE_S)

@@ -80,7 +80,9 @@ class _Reader:
     def data(self, data: bytes, start: int, end: int) -> None:
         self._size += end - start
         if not self._is_file and self._size > self._max_field_bytes:
-            message = f"must have at most {self._max_field_bytes} bytes; what is longer has to be a file, with a filename"
+            message = (
+                f"must have at most {self._max_field_bytes} bytes; what is longer has to be a file, with a filename"
+            )
             raise BodyTooLarge(self._name, message)
         self._pieces.append(data[start:end])
 

@@ -12,7 +12,7 @@ from app.events import Admitted, ReplicaEvent
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
 from models import metadata
-from models.errors import GenerationFailed, HeliographError
+from models.errors import Cancelled, GenerationFailed, HeliographError
 from models.events import Event, Failed, Finished
 from models.request import EffectiveRequest
 
@@ -22,12 +22,14 @@ class Model:
 
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
+        self._listening: dict[str, asyncio.Queue[Event]] = {}
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
         self._upscaler = UpscalerRoute()
 
-    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
-        """Runs one request and yields its events, Admitted first; Progress only where `progress` asks for it, since
-        each event costs a millisecond on its way. A caller who stops listening cancels the request.
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+        """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
+
+        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way.
 
         A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
@@ -40,17 +42,18 @@ class Model:
         submitting = loop.run_in_executor(
             None,
             lambda: self._engine.submit(
-                chain.first, lambda event: loop.call_soon_threadsafe(chain.put, event), progress=progress
+                chain.first, lambda event: loop.call_soon_threadsafe(chain.put, event), progress=progress, id=id
             ),
         )
         try:
-            id = await asyncio.shield(submitting)
+            await asyncio.shield(submitting)
         except HeliographError as refusal:
             yield Failed(error=refusal)
             return
         except asyncio.CancelledError:
-            submitting.add_done_callback(self._cancel_submitted)
+            submitting.add_done_callback(lambda _: self._engine.cancel(id))
             raise
+        self._listening[id] = events
         try:
             yield Admitted(waiting=waiting, revision=self._engine.revision)
             unfinished = request.samples
@@ -61,13 +64,21 @@ class Model:
                     return
                 unfinished -= isinstance(event, Finished)
         finally:
+            del self._listening[id]
             self._engine.cancel(id)
             chain.close()
 
-    def _cancel_submitted(self, submitting: asyncio.Future[str]) -> None:
-        """For a caller who left before the engine had named the request."""
-        if submitting.exception() is None:
-            self._engine.cancel(submitting.result())
+    async def accept(self, id: str) -> bool:
+        """Ends a request with what its next step expects. False where no such request runs here."""
+        if id in self._listening:
+            self._engine.accept(id)
+        return id in self._listening
+
+    async def cancel(self, id: str) -> bool:
+        """Ends a request with Cancelled for whoever listens. False where no such request runs here."""
+        if id in self._listening:
+            self._listening[id].put_nowait(Failed(error=Cancelled("the request was cancelled by its id")))
+        return id in self._listening
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how busy it is."""

@@ -6,7 +6,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from app.events import Admitted, ModelState, ReplicaEvent, Upscaled
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished
@@ -31,6 +31,7 @@ STATUS_AGE_S = 1.0
 STATUS_PATIENCE_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
+TELL_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
 
 
 class Router:
@@ -45,11 +46,7 @@ class Router:
 
     async def state(self, model: str) -> ModelState:
         """Whether the model answers at once, after loading, or not at all."""
-        return await self._states.of(MODEL_APPLICATION.format(name=model))
-
-    async def upscaler_state(self) -> ModelState:
-        """Likewise for the upscaler."""
-        return await self._states.of(UPSCALER_APPLICATION)
+        return await self._states.of(model)
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format."""
@@ -59,14 +56,14 @@ class Router:
         except TimeoutError as late:
             raise GenerationFailed("deadline", "the picture was not enlarged in time") from late
 
-    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out."""
         deadline = time.monotonic() + self._patience_s(request)
         delivered: set[int] = set()
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                async with aclosing(self._attempt(request, progress, deadline)) as events:
+                async with aclosing(self._attempt(request, progress, id, deadline)) as events:
                     async for event in events:
                         if not _is_repeated(event, delivered, attempt):
                             yield event
@@ -79,13 +76,31 @@ class Router:
                         "replica_lost", "the replica died while it worked on the request; send it again"
                     ) from death
 
+    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
+        """Asks every replica of the models to end a request. False where none of them has it.
+
+        Nobody knows which replica it is on: another gateway may have sent it there.
+        """
+        return any(await asyncio.gather(*(self._tell(model, ending, id) for model in models)))
+
+    async def _tell(self, model: str, ending: Ending, id: str) -> bool:
+        if await self._states.of(model) != "ready":
+            return False
+        try:
+            handle = await self._handle(model)
+            asked = handle.broadcast(ending, id)
+            answers = await asked.results_async(timeout_s=TELL_PATIENCE_S, return_exceptions=True)
+        except (GenerationFailed, RayError, RayServeException, TimeoutError):  # nothing of it runs any more
+            return False
+        return any(answer is True for answer in answers)
+
     def _patience_s(self, request: EffectiveRequest) -> float:
         if request.deadline_s is None:
             return self._request_timeout_s
         return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
 
     async def _attempt(
-        self, request: EffectiveRequest, progress: bool, deadline: float
+        self, request: EffectiveRequest, progress: bool, id: str, deadline: float
     ) -> AsyncGenerator[ReplicaEvent, None]:
         left_s = deadline - time.monotonic()
         if request.deadline_s is not None:
@@ -94,7 +109,7 @@ class Router:
         try:
             async with asyncio.timeout(left_s):
                 handle = await self._handle(request.model)
-                response = handle.generate.remote(request, progress)
+                response = handle.generate.remote(request, progress, id)
             while True:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     event = await anext(response, None)
@@ -113,13 +128,12 @@ class Router:
 
     async def _handle(self, model: str) -> Any:
         """The model's handle, made on first use. Raises GenerationFailed where nothing runs the model."""
-        application = MODEL_APPLICATION.format(name=model)
-        state = await self._states.of(application)
+        state = await self._states.of(model)
         if state in ("missing", "failed"):
             self._handles.pop(model, None)
             raise _unavailable(f"model {model}", state)
         if model not in self._handles:
-            make = partial(serve.get_deployment_handle, MODEL_DEPLOYMENT, app_name=application)
+            make = partial(serve.get_deployment_handle, MODEL_DEPLOYMENT, app_name=MODEL_APPLICATION.format(name=model))
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
             self._handles.setdefault(model, handle.options(stream=True))
         return self._handles[model]
@@ -157,7 +171,7 @@ class UpscalerRoute:
     async def _attempt(
         self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None
     ) -> Upscaled | Failed:
-        state = await self._states.of(UPSCALER_APPLICATION)
+        state = await self._states.of_application(UPSCALER_APPLICATION)
         if state in ("missing", "failed"):
             self._handle = None
             raise _unavailable("the upscaler", state)
@@ -187,13 +201,16 @@ class _States:
         self._asked_at = -STATUS_AGE_S
         self._asking: asyncio.Task[None] | None = None
 
-    async def of(self, application: str) -> ModelState:
+    async def of(self, model: str) -> ModelState:
+        return await self.of_application(MODEL_APPLICATION.format(name=model))
+
+    async def of_application(self, name: str) -> ModelState:
         if self._asking is None and time.monotonic() - self._asked_at >= STATUS_AGE_S:
             # A clean context: the answer is for everybody, so it must not be cancelled with one request.
             self._asking = asyncio.get_running_loop().create_task(self._ask(), context=contextvars.Context())
         if self._asking is not None:
             await asyncio.wait({self._asking}, timeout=STATUS_PATIENCE_S if self._known else STATUS_TIMEOUT_S)
-        return self._known.get(application, "missing")
+        return self._known.get(name, "missing")
 
     async def _ask(self) -> None:
         try:

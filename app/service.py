@@ -1,13 +1,14 @@
 """Everything a dialect may ask: generate, stream, models. Knows neither HTTP nor Ray; the router is handed to it."""
 
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.events import Admitted, ModelState, ReplicaEvent, Upscaled
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from models.card import ModelCard
 from models.errors import GenerationFailed, NotFound
 from models.events import Failed, Finished, Progress, Timings
@@ -16,17 +17,19 @@ from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from models.upscaler_card import UpscalerCard
 
+_ID = re.compile("[0-9a-f]{32}")
+
 
 class Router(Protocol):
-    """Brings a request to a replica of its model, and the replica's events back; a picture to the upscaler."""
+    """Brings a request to a replica of its model, and the replica's events back; finds a running one by its id."""
 
-    def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]: ...
+    def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]: ...
+
+    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
-
-    async def upscaler_state(self) -> ModelState: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +83,42 @@ class ModelDescription:
     default: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterDescription:
+    """Something that a request may name beside its model.
+
+    `kind` is lora, controlnet and so on, `base` the architecture it was made for; hash and size are of its file, where
+    it has one.
+    """
+
+    name: str
+    kind: str
+    models: tuple[str, ...]
+    base: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+
+
 class Service:
-    """The models by name, the upscaler, and the way to their replicas."""
+    """The models by name and the way to their replicas."""
 
     def __init__(self, router: Router):
         self._router = router
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
+        self._adapters: tuple[AdapterDescription, ...] = ()
         self._upscaler: UpscalerCard | None = None
 
-    def offer(self, cards: dict[str, ModelCard], default_model: str, upscaler: UpscalerCard | None = None) -> None:
+    def offer(
+        self,
+        cards: dict[str, ModelCard],
+        default_model: str,
+        adapters: Iterable[AdapterDescription] = (),
+        upscaler: UpscalerCard | None = None,
+    ) -> None:
         """Replaces what is on offer; requests under way are not touched."""
-        self._cards, self._default_model, self._upscaler = dict(cards), default_model, upscaler
+        self._cards, self._default_model, self._adapters = dict(cards), default_model, tuple(adapters)
+        self._upscaler = upscaler
 
     @property
     def default_model(self) -> str:
@@ -117,7 +144,7 @@ class Service:
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
         effective = self._with_upscaler(request.resolve(self.card(request.model)))
         images: dict[int, Finished] = {}
-        async with aclosing(self._router.generate(effective, progress)) as events:
+        async with aclosing(self._router.generate(effective, progress, id)) as events:
             async for event in events:
                 match event:
                     case Admitted(waiting=waiting, revision=revision):
@@ -153,10 +180,6 @@ class Service:
             raise NotFound("this server has no upscaler")
         return self._upscaler
 
-    async def upscaler_state(self) -> ModelState:
-        """Whether the upscaler answers at once, after waking, or not at all."""
-        return await self._router.upscaler_state()
-
     def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
         """The request with its upscaler named; what could not be enlarged in the end is refused before it is drawn."""
         if request.upscale is None:
@@ -175,3 +198,21 @@ class Service:
         """One model. Raises NotFound listing the models there are."""
         card = self.card(name)
         return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)
+
+    def adapters(self) -> tuple[AdapterDescription, ...]:
+        """What requests may name beside a model."""
+        upscalers = self._upscaler.names if self._upscaler else ()
+        models = tuple(self._cards)
+        return (*self._adapters, *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
+
+    async def accept(self, id: str) -> None:
+        """Ends a running request with what its next step expects of each picture. Raises NotFound."""
+        await self._end("accept", id)
+
+    async def cancel(self, id: str) -> None:
+        """Ends a running request without its pictures: who waits for them gets Cancelled. Raises NotFound."""
+        await self._end("cancel", id)
+
+    async def _end(self, ending: Ending, id: str) -> None:
+        if not (_ID.fullmatch(id) and await self._router.tell(self._cards, ending, id)):
+            raise NotFound("no request of that id is running; a stream's `queued` event tells the id")

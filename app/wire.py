@@ -3,9 +3,9 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -35,6 +35,11 @@ async def read_json(request: Request, body: type[Body]) -> Body:
         raise MalformedBody("body", f"is not valid JSON: {malformed}") from malformed
     if not isinstance(values, dict):
         raise MalformedBody("body", "must be a JSON object")
+    return validate(values, body)
+
+
+def validate(values: dict[str, Any], body: type[Body]) -> Body:
+    """The wire model of the values. Raises InvalidRequest for the first fault, naming a field as `controls.0.name`."""
     try:
         return body.model_validate(values)
     except ValidationError as wrong:
@@ -55,7 +60,8 @@ def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
     field = ".".join(str(part) for part in fault["loc"]) or "body"
     match fault["type"]:
         case "extra_forbidden":
-            message = f"unknown field; the fields are: {', '.join(body.model_fields)}"
+            names = _model_at(body, fault["loc"][:-1]).model_fields
+            message = f"unknown field; the fields are: {', '.join(names)}"
         case "missing":
             message = "is required"
         case _:
@@ -63,12 +69,19 @@ def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
     return InvalidRequest(field, message)
 
 
-def read_fields(fields: Mapping[str, str], body: type[Body]) -> Body:
-    """A form's text fields as a wire model: each value is read as what its field wants, a number as a number."""
-    try:
-        return body.model_validate_strings(dict(fields))
-    except ValidationError as wrong:
-        raise _invalid(wrong, body) from wrong
+def _model_at(body: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The wire model that stands at a path inside another one."""
+    for name in (part for part in path if isinstance(part, str)):
+        body = next(_models_in(body.model_fields[name].annotation))
+    return body
+
+
+def _models_in(kind: Any) -> Iterator[type[BaseModel]]:
+    """The wire models of which a type is made: those of `list[ControlPart] | None`, say."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models_in(part)
 
 
 def decode_base64(text: str, field: str) -> bytes:

@@ -56,5 +56,6 @@ class Layers:
             return png.write(rgba, text)
         buffer = io.BytesIO()
         block = exif.write(text) if text else b""
-        Image.fromarray(rgba).save(buffer, "WEBP", quality=90, method=0, exif=block)
+        options = {"webp": {"quality": 90, "method": 0}, "avif": {"quality": 80, "speed": 9, "max_threads": 1}}[format]
+        Image.fromarray(rgba).save(buffer, format.upper(), exif=block, **options)
         return buffer.getvalue()

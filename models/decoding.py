@@ -6,6 +6,7 @@ The format is told by the first bytes, never by a name or a content type; sizes 
 import io
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -19,9 +20,13 @@ READABLE = ("PNG", "JPEG", "WEBP", "AVIF")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 _LARGE_PIXELS = 4 * 1024 * 1024
 _MAX_SCANS = 64  # of a progressive JPEG; ten are usual, and each costs a pass over the whole picture
-_MAX_STRAY_BYTES = 64 * 1024  # between a JPEG's segments, where Pillow reads byte by byte
+_BARE_MARKERS = (0x00, 0x01, *range(0xD0, 0xDA))  # JPEG's markers without a length
+_MAX_SEGMENTS, _MAX_STRAY_BYTES = 4096, 256  # of a JPEG, and between two of them, where Pillow reads byte by byte
 # What Pillow's parsers raise when a file is not what it says.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+_DAMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error),
+)
 
 _one_large_picture = threading.Lock()
 
@@ -68,10 +73,30 @@ def _check_container(encoded: bytes, field: str) -> None:
         for _ in png.chunks(encoded):
             pass
     elif encoded.startswith(b"\xff\xd8"):
-        if encoded.count(b"\xff\xda") > _MAX_SCANS:
-            raise InvalidRequest(field, f"must have at most {_MAX_SCANS} scans")
+        _check_jpeg(encoded, field)
     elif encoded[8:12] == b"WEBP":  # its decoder takes memory for the whole picture as soon as it is opened
         _check_pixels(*_webp_size(encoded), field)
+
+
+def _check_jpeg(encoded: bytes, field: str) -> None:
+    """Raises ValueError where no scan begins within reach (ITU-T T.81, annex B)."""
+    if encoded.count(b"\xff\xda") > _MAX_SCANS:
+        raise InvalidRequest(field, f"must have at most {_MAX_SCANS} scans")
+    at = 2
+    for _ in range(_MAX_SEGMENTS):
+        at = encoded.find(b"\xff", at, at + _MAX_STRAY_BYTES)
+        if at < 0 or at + 4 > len(encoded):
+            break
+        code = encoded[at + 1]
+        if code == 0xDA:
+            return
+        if code == 0xFF:
+            at += 1
+        elif code in _BARE_MARKERS:
+            at += 2
+        else:
+            at += 2 + max(2, int.from_bytes(encoded[at + 2 : at + 4]))
+    raise ValueError("no scan within reach")
 
 
 def _webp_size(encoded: bytes) -> tuple[int, int]:
@@ -93,7 +118,7 @@ def _check_pixels(width: int, height: int, field: str) -> None:
 
 
 def _correct_transparency(image: Image.Image, encoded: bytes) -> None:
-    """Pillow gives a PNG's transparent grey or colour in the file's depth but samples in 8 bits; this makes it 8 too."""
+    """Makes a PNG's transparent grey or colour 8 bits deep, as Pillow makes the samples but not this."""
     key = image.info.get("transparency")
     if image.format != "PNG" or key is None or isinstance(key, bytes):
         return
@@ -131,4 +156,4 @@ def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
                 return ImageCms.ImageCmsTransform(source, target, colour.mode, "RGB").apply(colour)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
-    return colour.convert("RGB")
+    return colour if colour.mode == "RGB" else colour.convert("RGB")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from models import metadata
 from models.autoencoder import Autoencoder
 from models.errors import GenerationFailed
 from models.images import encode
@@ -29,9 +30,10 @@ class Packed:
 class Delivery:
     """The queue behind the last step. `on_packed` hears, from the packing threads, what became of each sequence."""
 
-    def __init__(self, autoencoder: Autoencoder, native_pixels: int, on_packed: OnPacked):
+    def __init__(self, autoencoder: Autoencoder, revision: str, native_pixels: int, on_packed: OnPacked):
         self.queue: list[Sequence] = []
         self._autoencoder = autoencoder
+        self._revision = revision
         self._pixels = _PICTURES * native_pixels
         self._on_packed = on_packed
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
@@ -60,14 +62,14 @@ class Delivery:
 
     def _pack(self, sequence: Sequence, picture: np.ndarray) -> None:
         try:
-            self._on_packed(sequence, _packed(sequence, picture))
+            self._on_packed(sequence, _packed(sequence, picture, self._revision))
         except GenerationFailed as failed:
             self._on_packed(sequence, failed)
         except Exception as fault:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
 
 
-def _packed(sequence: Sequence, picture: np.ndarray) -> Packed:
+def _packed(sequence: Sequence, picture: np.ndarray, revision: str) -> Packed:
     """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
     if not np.isfinite(picture).all():
         raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
@@ -76,5 +78,6 @@ def _packed(sequence: Sequence, picture: np.ndarray) -> Packed:
     array = (picture.transpose(1, 2, 0) * 255).round().astype(np.uint8)
     if sequence.canvas is not None and sequence.request.paste_back:
         array = sequence.canvas.paste(array)
-    data = encode(array, sequence.request.output_format)
+    text = metadata.write(sequence.request, revision, sequence.request.metadata)
+    data = encode(array, sequence.request.output_format, text)
     return Packed(data=data, width=array.shape[1], height=array.shape[0])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.adapters.controlnet import ControlBatch
 from models.conditioning import stack
 from models.family import Conditioning, Family
 from models.sequence import Kept, Sequence
@@ -18,7 +19,9 @@ class _Batch:
     sequences: list[Sequence]
     history: torch.Tensor  # (n, 8, c, h, w), of which each sequence holds its own part
     parts: list[torch.Tensor]
-    rows: Conditioning
+    told: list[Conditioning]  # each row's, as it is now
+    rows: Conditioning  # the same, stacked
+    composed: "_Composed | None"  # where any sequence has several parts
     owners: torch.Tensor  # (rows,) the sequence that each row belongs to
     guided: torch.Tensor  # (n,) each sequence's conditional row
     unguided: torch.Tensor  # (n,) its unconditional row; the conditional one again where it has none
@@ -26,10 +29,21 @@ class _Batch:
     rescale: torch.Tensor | None  # (n, 1, 1, 1) guidance rescale, where any sequence asks for it
     inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
+    controls: ControlBatch
 
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
         return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
+
+
+@dataclass
+class _Composed:
+    """The conditional rows of all sequences, side by side: each pulls its sequence away from the unconditional row."""
+
+    parts: torch.Tensor  # (p,) rows
+    firsts: torch.Tensor  # (p,) the unconditional row of each one's sequence
+    owners: torch.Tensor  # (p,) sequences
+    weights: torch.Tensor  # (p, 1, 1, 1)
 
 
 class Denoiser:
@@ -52,7 +66,9 @@ class Denoiser:
         timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
-        outputs = self._family.predict(inputs[batch.owners], timesteps[batch.owners], batch.rows)
+        seen, told = inputs[batch.owners], timesteps[batch.owners]
+        residuals = batch.controls.residuals(seen, told, batch.rows, [s.position for s in sequences])
+        outputs = self._family.predict(seen, told, batch.rows, residuals)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m
@@ -69,20 +85,25 @@ class Denoiser:
 
     def _assemble(self, sequences: list[Sequence]) -> _Batch:
         """The batch for these sequences; the last one again, when nobody has joined or left since."""
+        told = [row.at(s.step) for s in sequences for row in s.conditioning]
         if self._batch is not None and self._batch.holds(sequences):
+            if any(now is not before for now, before in zip(told, self._batch.told, strict=True)):
+                self._batch.told, self._batch.rows = told, stack(told)
             return self._batch
         owners, guided = [], []
         for n, sequence in enumerate(sequences):
             owners += [n] * sequence.rows
             guided.append(len(owners) - 1)
-        rescales = [s.request.guidance_rescale if s.request.guided else 0.0 for s in sequences]
+        rescales = [s.request.guidance_rescale if s.rows > 1 else 0.0 for s in sequences]
         last = torch.tensor(guided)
         inputs = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
         return _Batch(
             sequences=list(sequences),
             history=torch.stack([s.history for s in sequences if s.history is not None]),
             parts=[],
-            rows=stack([row for s in sequences for row in s.conditioning]),
+            told=told,
+            rows=stack(told),
+            composed=self._composed(sequences),
             owners=self._to_device(torch.tensor(owners)),
             guided=self._to_device(last),
             unguided=self._to_device(last - torch.tensor([s.rows - 1 for s in sequences])),
@@ -90,7 +111,22 @@ class Denoiser:
             rescale=self._column(rescales) if any(rescales) else None,
             inputs=torch.stack(inputs) if inputs else None,
             kept=self._kept(sequences),
+            controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
         )
+
+    def _composed(self, sequences: list[Sequence]) -> "_Composed | None":
+        if all(s.rows <= 2 for s in sequences):
+            return None
+        parts, firsts, owners, first = [], [], [], 0
+        for n, sequence in enumerate(sequences):
+            count = max(1, sequence.rows - 1)
+            parts += range(first + sequence.rows - count, first + sequence.rows)
+            firsts += [first] * count
+            owners += [n] * count
+            first += sequence.rows
+        weights = [row.weight for s in sequences for row in (s.conditioning[1:] or s.conditioning)]
+        indices = (self._to_device(torch.tensor(index)) for index in (parts, firsts, owners))
+        return _Composed(*indices, weights=self._column(weights))
 
     def _kept(self, sequences: list[Sequence]) -> Kept | None:
         """What the sequences keep, side by side; who keeps nothing has a mask of ones."""
@@ -137,8 +173,15 @@ class Denoiser:
 
 
 def _guide(outputs: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Classifier-free guidance (arXiv:2207.12598) and its rescaling (arXiv:2305.08891, 3.4), per sequence."""
+    """Classifier-free guidance (arXiv:2207.12598) and its rescaling (arXiv:2305.08891, 3.4), per sequence.
+
+    Several conditional rows are composed first (arXiv:2206.01714).
+    """
     conditional, unconditional = outputs[batch.guided], outputs[batch.unguided]
+    if batch.composed is not None:
+        parts = batch.composed
+        pulls = parts.weights * (outputs[parts.parts] - outputs[parts.firsts])
+        conditional = unconditional.index_add(0, parts.owners, pulls)
     guided = unconditional + batch.scale * (conditional - unconditional)
     if batch.rescale is None:
         return guided

@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from models.adapters.controlnet import ControlNets
 from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
 from models.delivery import Delivery, Packed
 from models.denoiser import Denoiser
-from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
+from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, Overloaded
 from models.events import Event, Failed, Finished, Progress, Timings
 from models.family import Family
 from models.images import encode_preview
 from models.preparation import Preparation
-from models.request import GenerationRequest
+from models.request import GenerationRequest, warm_up_request
 from models.sequence import Sequence
 
 OnEvent = Callable[[Event], None]
@@ -59,14 +60,18 @@ class _Ticket:
 class Engine:
     """One model on one device. `submit` and `cancel` may be called from any thread; one thread at a time steps."""
 
-    def __init__(self, family: Family, card: ModelCard, *, max_waiting: int = 64):
+    def __init__(
+        self, family: Family, card: ModelCard, *, max_waiting: int = 64, controlnets: ControlNets | None = None
+    ):
+        _check_tasks(family, card)
         self.card = card
         self.revision = family.revision
         self.batcher = Batcher()
         self._autoencoder = family.autoencoder
-        self._preparation = Preparation(family)
+        controlnets = controlnets or ControlNets({}, family.network_config, family.placement)
+        self._preparation = Preparation(family, controlnets)
         self._denoiser = Denoiser(family)
-        self._delivery = Delivery(family.autoencoder, card.width * card.height, self._packed)
+        self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
         self._max_waiting = max_waiting
         self._lock = threading.Condition()  # guards the next three
         self._tickets: dict[str, _Ticket] = {}
@@ -80,15 +85,19 @@ class Engine:
 
     # What callers do
 
-    def submit(self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True) -> str:
+    def submit(
+        self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str | None = None
+    ) -> str:
         """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
+
+        Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
 
         Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
         """
         effective = request.resolve(self.card)
-        ticket_id = uuid.uuid4().hex
+        ticket_id = uuid.uuid4().hex if id is None else id
         indices = range(effective.samples)
-        sequences = aside(lambda: [self._preparation.sequence(effective, index, ticket_id) for index in indices])
+        sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
         with self._lock:
             waiting = sum(sequence.history is None for sequence in self._live)
             if self._closed:
@@ -108,7 +117,7 @@ class Engine:
             self._tickets.pop(ticket_id, None)
 
     def accept(self, ticket_id: str) -> None:
-        """The request's pictures end with the next step and are what that step expects. Unknown ids are done already."""
+        """The request's pictures end as what their last step expected, or the first one will. Unknown ids are done."""
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
@@ -307,11 +316,11 @@ class Engine:
     # Measuring
 
     def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture and measures the cap in rows at the native size, unless told it. It comes before any step."""
-        request = GenerationRequest(model=self.card.name, prompt="warm-up", steps=2, seed=0)
+        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before stepping."""
+        request = warm_up_request(self.card, steps=2)
         self.generate([request])
-        shape = self._preparation.sequence(request.resolve(self.card), 0, "").shape
-        self.batcher.set_cap(shape, cap or knee(self._measure()))
+        [sequence] = self._preparation.sequences(request.resolve(self.card), "")
+        self.batcher.set_cap(sequence.shape, cap or knee(self._measure()))
 
     def _measure(self) -> dict[int, float]:
         """Seconds of one forward by number of rows, up to where more rows no longer pay or memory ends."""
@@ -328,8 +337,8 @@ class Engine:
 
     def _time_forward(self, rows: int) -> float:
         """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
-        plain = GenerationRequest(model=self.card.name, prompt="warm-up", guidance_scale=1.0, steps=5, seed=0)
-        sequences = [self._preparation.sequence(plain.resolve(self.card), 0, "") for _ in range(rows)]
+        plain = warm_up_request(self.card, guidance_scale=1.0, steps=5)
+        sequences = [self._preparation.sequences(plain.resolve(self.card), "")[0] for _ in range(rows)]
         self._preparation.join(sequences)
         seconds = []
         for _ in range(5):
@@ -358,6 +367,11 @@ def host(make: Callable[[], Engine]) -> Engine:
 
     threading.Thread(target=live, name="engine", daemon=True).start()
     return made.result()
+
+
+def _check_tasks(family: Family, card: ModelCard) -> None:
+    if family.takes_mask and card.tasks != ("inpaint",):
+        raise InvalidRequest("defaults.tasks", f"the UNet of {card.name} is one for inpainting alone: say [inpaint]")
 
 
 def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:

@@ -1,4 +1,4 @@
-"""The EXIF block in which a JPEG or WebP carries its texts. No torch.
+"""The EXIF block in which a JPEG, WebP or AVIF carries its texts. No torch.
 
 A1111's infotext goes where A1111 puts it, into UserComment; our own JSON into MakerNote, which the standard leaves to
 the maker and which holds any bytes (CIPA DC-008, Exif 2.32, 4.6.5 and 4.6.6).

@@ -8,27 +8,34 @@ import torch
 
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
+from models.prompt import PromptReport
+from models.tokens import Wording
+from models.weights import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """A prompt as a family's text encoders see it.
+    """A text as a family's text encoders see it.
 
-    `context` (tokens, width) and, where the family has one, `pooled` (width,); `truncated` is the text that did not
-    fit, empty when all did.
+    `context` (tokens, width), of all chunks one after the other, and, where the family has one, `pooled` (width,), of
+    the first chunk.
     """
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
-    truncated: str = ""
+    report: PromptReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name."""
+    """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name.
+
+    Where `mask` (tokens,), bool, is false the context is padding; None means that there is none.
+    """
 
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
 
 
 class Family(Protocol):
@@ -36,6 +43,9 @@ class Family(Protocol):
 
     autoencoder: Autoencoder
     device: torch.device
+    placement: Placement
+    network_config: Mapping[str, Any]
+    """The denoising network's own configuration, which adapters are checked against."""
     revision: str
     scheduler_config: Mapping[str, Any]
     takes_mask: bool
@@ -43,16 +53,28 @@ class Family(Protocol):
     zero_empty_negative: bool
     """Whether an empty negative prompt means zeros instead of the empty text's embedding (SDXL)."""
 
-    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
-        """Text encoders over several prompts at once; `clip_skip` last layers are left out."""
+    text_widths: tuple[int, ...]
+    """The width of each text encoder's token embeddings."""
+
+    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+        """Text encoders over several texts at once."""
         ...
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         """What a row of a picture of this size gets besides its latents."""
         ...
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32."""
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32.
+
+        `residuals` are added to its own: after each layer of its encoder, and after the middle (ControlNet).
+        """
         ...
 
 

@@ -16,8 +16,9 @@ from models.errors import InvalidRequest
 from models.samplers import SAMPLERS, SCHEDULE_LABELS, check_pair, find_sampler, find_schedule
 
 _NEGATIVE = "Negative prompt:"
-_SETTING = re.compile(r'(?P<name>\w[\w /-]{0,60}):\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'(?P<name>\w[\w /-]{0,60}+):\s*(?P<value>"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _FEWEST = 3  # settings in a line that is one of settings
+_LONGEST = 100_000  # characters, several times what two prompts may have
 _NUMBERS = {
     "Steps": "steps",
     "CFG scale": "guidance_scale",
@@ -63,11 +64,11 @@ def compose(values: Mapping[str, Any], revision: str) -> str:
 
 
 def parse(text: str) -> Infotext | None:
-    """None for what A1111 would not have written: a text without a line of settings.
+    """None for what A1111 would not have written: a text without a line of settings, or an absurdly long one.
 
     Where a prompt has a line that begins with `Negative prompt:`, the text itself cannot tell the two apart.
     """
-    lines = text.strip().split("\n")
+    lines = text.strip().split("\n") if len(text) <= _LONGEST else []
     at = _settings_line(lines)
     if at is None:
         return None

@@ -21,9 +21,7 @@ def write(array: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
     height, width, channels = array.shape
     header = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
     texts = [_text_chunk(keyword, value) for keyword, value in (text or {}).items()]
-    return b"".join(
-        (SIGNATURE, _chunk(b"IHDR", header), *texts, _chunk(b"IDAT", _packed(array)), _chunk(b"IEND", b""))
-    )
+    return b"".join((SIGNATURE, _chunk(b"IHDR", header), *texts, _chunk(b"IDAT", _packed(array)), _chunk(b"IEND", b"")))
 
 
 def chunks(encoded: bytes) -> Iterator[tuple[bytes, memoryview]]:

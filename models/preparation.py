@@ -2,38 +2,49 @@
 
 import math
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from models.adapters.controlnet import ControlNets
 from models.canvas import Canvas, plan
-from models.conditioning import Conditioner
+from models.conditioning import Conditioner, Run, Script
 from models.family import Family
 from models.images import Picture
 from models.request import EffectiveRequest
 from models.sequence import NEVER, Kept, Phase, Sequence
 from models.tapes import Tape, Tapes
+from models.tokens import Inversion
 
 
 class Preparation:
-    """Makes sequences for one family. `sequence` is quick and safe in any thread; the rest belongs to the engine's."""
+    """Makes sequences for one family. `sequences` is quick and safe in any thread; the rest belongs to the engine's."""
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, controlnets: ControlNets, inversions: Mapping[str, Inversion] | None = None):
         self._family = family
+        self._controlnets = controlnets
         self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
-        self._conditioner = Conditioner(family)
+        self._conditioner = Conditioner(family, inversions=inversions)
 
-    def sequence(self, request: EffectiveRequest, index: int, ticket: str) -> Sequence:
-        """Picture `index` of a request, still without tensors. Raises InvalidRequest for a tape diffusers refuses."""
-        one = request.sample(index)
+    def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
+        """A request's pictures, still without tensors. Raises InvalidRequest for a bad tape, mask or prompt."""
+        phases = self._phases(request)  # alike for all: only their noise differs
+        script = self._conditioner.script(request, [self._run(phase) for phase in phases])
+        return [self._sequence(request.sample(i), i, ticket, phases, script) for i in range(request.samples)]
+
+    def _sequence(
+        self, one: EffectiveRequest, index: int, ticket: str, phases: tuple[Phase, ...], script: Script
+    ) -> Sequence:
         now = time.monotonic()
         return Sequence(
             request=one,
             index=index,
             ticket=ticket,
-            phases=self._phases(one),
+            phases=phases,
+            script=script,
             generator=torch.Generator().manual_seed(one.seed),
             submitted=now,
             deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
@@ -43,10 +54,10 @@ class Preparation:
     def join(self, sequences: list[Sequence]) -> None:
         """Encodes prompts together and makes each one's first latents. Doing it again changes nothing."""
         started = time.monotonic()
-        encoded = self._conditioner.encode([sequence.request for sequence in sequences])
-        for sequence, (rows, warnings) in zip(sequences, encoded, strict=True):
+        encoded = self._conditioner.encode([sequence.script for sequence in sequences])
+        for sequence, told in zip(sequences, encoded, strict=True):
             if sequence.history is None:
-                sequence.conditioning, sequence.warnings = rows, warnings
+                sequence.conditioning, sequence.reports, sequence.warnings = told.rows, told.reports, told.warnings
                 self._begin(sequence)
                 sequence.joined, sequence.encoded = started, time.monotonic()
 
@@ -77,19 +88,27 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
+        controls = self._controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
-            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
         elif one.task == "img2img":
             picture = one.image.resized(one.width, one.height)
-            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
+            tape = self._tape(one, one.steps, one.denoise_strength)
+            first = Phase(tape=tape, shape=shape, picture=picture, controls=controls)
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
+            tape = self._tape(one, one.steps, strength)
+            first = Phase(tape=tape, shape=shape, canvas=plan(one, one.image), controls=controls)
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+        controls = self._controlnets.controls(one.controls, *one.largest)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
+
+    def _run(self, phase: Phase) -> Run:
+        factor = self._autoencoder.factor
+        return Run(phase.tape.steps, width=phase.shape[2] * factor, height=phase.shape[1] * factor)
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)

@@ -6,7 +6,7 @@ gives an EffectiveRequest, which is what engines run, answers report and receipt
 
 import secrets
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from models import limits
 from models.card import ModelCard
@@ -267,3 +267,12 @@ class EffectiveRequest(GenerationRequest):
 def _check_model(model: str, card: ModelCard) -> None:
     if model != card.name:
         raise NotFound(f"there is no model {model!r} here; this is {card.name!r}")
+
+
+def warm_up_request(card: ModelCard, **options: Any) -> GenerationRequest:
+    """The plainest request that a model takes: without a picture, or with a white one where it needs one."""
+    white = Picture(width=card.width, height=card.height, data=b"\xff" * (3 * card.width * card.height))
+    if "txt2img" not in card.tasks:
+        options |= {"image": white}
+        options |= {} if "img2img" in card.tasks else {"mask": white}
+    return GenerationRequest(model=card.name, prompt="warm-up", seed=0, **options)

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.adapters.controlnet import Control
 from models.canvas import Canvas
-from models.family import Conditioning
+from models.conditioning import Row, Script
 from models.images import Picture
 from models.parts import Enlargement
+from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.tapes import HISTORY, Tape
 
@@ -22,7 +24,7 @@ class Phase:
     """One run of a tape on latents of one shape (c, h, w).
 
     It starts from a picture, or from what the phase before it has made, enlarged, or from noise alone. A canvas says
-    which part of the picture is drawn.
+    which part of the picture is drawn; `controls` steer it.
     """
 
     tape: Tape
@@ -30,6 +32,7 @@ class Phase:
     picture: Picture | None = None
     canvas: Canvas | None = None
     enlarge: Enlargement | None = None
+    controls: tuple[Control, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class Sequence:
     index: int
     ticket: str
     phases: tuple[Phase, ...]
+    script: Script
     generator: torch.Generator
     submitted: float
     deadline: float = math.inf
@@ -65,7 +69,8 @@ class Sequence:
     estimate: torch.Tensor | None = None
     kept: Kept | None = None
     inputs: torch.Tensor | None = None
-    conditioning: list[Conditioning] = field(default_factory=list)
+    conditioning: list[Row] = field(default_factory=list)
+    reports: dict[str, PromptReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     joined: float = 0.0
     encoded: float = 0.0
@@ -85,8 +90,12 @@ class Sequence:
         return self.phases[self.phase].canvas
 
     @property
+    def controls(self) -> tuple[Control, ...]:
+        return self.phases[self.phase].controls
+
+    @property
     def rows(self) -> int:
-        return 2 if self.request.guided else 1
+        return len(self.script.lines)
 
     @property
     def steps(self) -> int:

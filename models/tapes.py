@@ -37,6 +37,7 @@ class Tape:
     `timesteps` (n,) is what the network is told; it sees `input_scales` (n,) times the latents. `coefficients` (n, 9)
     makes the next latents from x, m and z as in the module's formula. `draws` (n,) says where diffusers draws noise,
     used or not, so that a seed means the same. `estimates` (n, 2) gives the clean latents expected now: p x + q m.
+    `steps` (n,) numbers the step that each evaluation belongs to, from 0: some samplers take two to a step.
     `blends` (n, 2) makes what inpainting keeps as noisy as the next latents: p clean + q unit noise.
     The first latents are `signal` times the clean input latents plus `noise` times unit noise.
     """
@@ -45,6 +46,7 @@ class Tape:
     input_scales: torch.Tensor
     coefficients: torch.Tensor
     draws: tuple[bool, ...]
+    steps: tuple[int, ...]
     estimates: torch.Tensor
     blends: torch.Tensor
     signal: float
@@ -110,6 +112,7 @@ def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> 
         input_scales=torch.tensor(scales),
         coefficients=torch.from_numpy(coefficients).float(),
         draws=tuple(draws),
+        steps=_step_numbers(len(timesteps), steps - skipped // scheduler.order, scheduler.order),
         estimates=_estimates(scheduler, timesteps, scales),
         blends=torch.tensor(blends),
         signal=signal,
@@ -120,7 +123,13 @@ def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> 
 def _empty_tape() -> Tape:
     none = torch.empty(0)
     pairs = torch.empty(0, 2)
-    return Tape(none, none, torch.empty(0, Z + 1), (), estimates=pairs, blends=pairs, signal=1.0, noise=0.0)
+    return Tape(none, none, torch.empty(0, Z + 1), (), (), estimates=pairs, blends=pairs, signal=1.0, noise=0.0)
+
+
+def _step_numbers(evaluations: int, steps: int, order: int) -> tuple[int, ...]:
+    """Of each evaluation its step; what PNDM takes beyond `order` for each belongs to the first (arXiv:2202.09778)."""
+    extra = max(0, evaluations - steps * order)
+    return tuple(max(0, evaluation - extra) // order for evaluation in range(evaluations))
 
 
 def _renoised(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:

@@ -24,7 +24,11 @@ RAY_FILES = tuple(
 )
 BRINGS_TORCH = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch")
 TORCH_FREE_MODELS = tuple(
-    f"models.{name}" for name in ("request", "errors", "card", "events", "samplers", "images", "batcher")
+    f"models.{name}"
+    for name in (
+        *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas"),
+        *("images", "decoding", "png", "exif", "infotext", "metadata"),
+    )
 )
 TORCH_FREE_APP = ("app.ingress", "app.service", "app.router", "app.settings", "app.dialects", "app.jobs", "app.stores")
 

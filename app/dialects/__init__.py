@@ -20,8 +20,8 @@ class Dialect(Protocol):
 
 
 def names() -> list[str]:
-    """The dialects there are; a module whose name begins with an underscore is a part of one."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    """The dialects there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load(name: str) -> Dialect:

@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from models import encoders
 from models.autoencoder import Autoencoder
 from models.family import Conditioning, Embedding, takes_mask
-from models.tokens import tokenize
+from models.tokens import Wording, cut
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
 
@@ -38,24 +39,42 @@ class SD:
         self._unet: Any = components.modules["unet"]
         self._text_encoder: Any = components.modules["text_encoder"]
         self._tokenizer: Any = components.modules["tokenizer"]
+        self.placement = placement
+        self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(components.modules["vae"], placement.device)
         self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
         self.revision = components.revision
         self.scheduler_config = components.scheduler_config
+        self.text_widths = encoders.widths(self._text_encoder)
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
-        ids, truncated = tokenize(self._tokenizer, prompts)
-        output = self._text_encoder(ids.to(self.device), output_hidden_states=True)
-        hidden = output.last_hidden_state
-        if clip_skip:
-            hidden = self._text_encoder.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-        return [Embedding(context=c, truncated=t) for c, t in zip(hidden.to(self._dtype), truncated, strict=True)]
+    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+        cuts = [cut([self._tokenizer], wording) for wording in wordings]
+        chunks = [chunk for one in cuts for chunk in one.chunks[0]]
+        hidden, _ = encoders.hidden_states(self._text_encoder, chunks, last=1)
+        hidden = encoders.emphasized(encoders.normalized(self._text_encoder, hidden), chunks).to(self._dtype)
+        contexts = hidden.split([one.report.chunks for one in cuts])
+        return [Embedding(context=c.flatten(0, 1), report=one.report) for c, one in zip(contexts, cuts, strict=True)]
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         return Conditioning(context=embedding.context)
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        return self._unet(latents.to(self._dtype), timesteps, rows.context, return_dict=False)[0].float()
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        down, mid = residuals or (None, None)
+        return self._unet(
+            latents.to(self._dtype),
+            timesteps,
+            rows.context,
+            encoder_attention_mask=rows.mask,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0].float()

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from models import encoders
 from models.autoencoder import Autoencoder
 from models.family import Conditioning, Embedding, takes_mask
-from models.tokens import tokenize
+from models.tokens import Wording, cut
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
 
@@ -36,10 +37,11 @@ class SDXL:
     def __init__(self, components: Components, placement: Placement):
         modules = components.modules
         self._unet: Any = modules["unet"]
-        self._encoders: list[tuple[Any, Any]] = [
-            (modules["tokenizer"], modules["text_encoder"]),
-            (modules["tokenizer_2"], modules["text_encoder_2"]),
-        ]
+        self._tokenizers: list[Any] = [modules["tokenizer"], modules["tokenizer_2"]]
+        self._encoders: list[Any] = [modules["text_encoder"], modules["text_encoder_2"]]
+        self.text_widths = encoders.widths(*self._encoders)
+        self.placement = placement
+        self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(modules["vae"], placement.device)
@@ -49,16 +51,16 @@ class SDXL:
         self.zero_empty_negative = bool(components.index.get("force_zeros_for_empty_prompt", True))
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], clip_skip: int) -> list[Embedding]:
-        contexts, pooled, truncated = [], None, []
-        for tokenizer, encoder in self._encoders:
-            ids, truncated = tokenize(tokenizer, prompts)
-            output = encoder(ids.to(self.device), output_hidden_states=True)
-            contexts.append(output.hidden_states[-(clip_skip + 2)].to(self._dtype))  # SDXL counts from the penultimate
-            pooled = output[0].to(self._dtype)
-        assert pooled is not None
-        context = torch.cat(contexts, -1)
-        return [Embedding(context=c, pooled=p, truncated=t) for c, p, t in zip(context, pooled, truncated, strict=True)]
+    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+        cuts = [cut(self._tokenizers, wording) for wording in wordings]
+        contexts, pooled = [], torch.empty(0)
+        for k, encoder in enumerate(self._encoders):
+            chunks = [chunk for one in cuts for chunk in one.chunks[k]]
+            hidden, pooled = encoders.hidden_states(encoder, chunks, last=2)  # SDXL counts from the penultimate
+            contexts.append(encoders.emphasized(hidden, chunks).to(self._dtype))
+        sizes = [one.report.chunks for one in cuts]
+        parts = zip(torch.cat(contexts, -1).split(sizes), pooled.to(self._dtype).split(sizes), cuts, strict=True)
+        return [Embedding(context=c.flatten(0, 1), pooled=p[0], report=one.report) for c, p, one in parts]
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         assert embedding.pooled is not None
@@ -66,7 +68,21 @@ class SDXL:
         time_ids = torch.tensor(sizes, device=self.device, dtype=self._dtype)
         return Conditioning(context=embedding.context, added={"text_embeds": embedding.pooled, "time_ids": time_ids})
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        down, mid = residuals or (None, None)
         return self._unet(
-            latents.to(self._dtype), timesteps, rows.context, added_cond_kwargs=dict(rows.added), return_dict=False
+            latents.to(self._dtype),
+            timesteps,
+            rows.context,
+            encoder_attention_mask=rows.mask,
+            added_cond_kwargs=dict(rows.added),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
         )[0].float()

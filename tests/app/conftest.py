@@ -1,18 +1,18 @@
 """A small service in memory: a router that draws flat pictures, so that the whole gateway runs without Ray or torch."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 
 import httpx2
 import numpy as np
 import pytest
 
 from app import ingress
-from app.events import Admitted, ModelState, ReplicaEvent, Upscaled
-from app.service import Service
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
 from models.card import ModelCard
-from models.errors import HeliographError
+from models.errors import Cancelled, HeliographError
 from models.events import Failed, Finished, Progress, Timings
 from models.images import ImageFormat, Picture, encode
 from models.parts import Upscale
@@ -22,6 +22,7 @@ from models.upscaler_card import UpscalerCard
 CARDS = {
     name: ModelCard(name=name, family="sd", width=128, height=128, max_pixels=1024 * 1024) for name in ("sd15", "sdxl")
 }
+ADAPTERS = (AdapterDescription(name="moon", kind="lora", models=("sd15",), base="sd15", sha256="ab" * 32, bytes=1234),)
 UPSCALER = UpscalerCard(names=("lanczos", "2x"), default="2x", max_output_pixels=1024 * 1024)
 TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 
@@ -29,7 +30,9 @@ TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 class MemoryRouter:
     """Draws the seed as a colour, enlarges by Lanczos.
 
-    `refusal` comes first, `failure` after a step; `gate` holds the pictures back."""
+    `refusal` comes first, `failure` after a step; `gate` holds the pictures back until somebody opens it, or ends a
+    request.
+    """
 
     def __init__(self):
         self.requests: list[EffectiveRequest] = []
@@ -40,12 +43,21 @@ class MemoryRouter:
         self.gate = asyncio.Event()
         self.gate.set()
         self.left = 0
+        self.running: dict[str, str] = {}  # how each is to end, by id
 
     async def state(self, model: str) -> ModelState:
         return self.states[model]
 
-    async def generate(self, request: EffectiveRequest, progress: bool) -> AsyncGenerator[ReplicaEvent, None]:
+    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
+        assert set(models) == set(CARDS)
+        if id in self.running:
+            self.running[id] = ending
+            self.gate.set()
+        return id in self.running
+
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         self.requests.append(request)
+        self.running[id] = "running"
         try:
             if self.refusal:
                 yield Failed(error=self.refusal)
@@ -57,13 +69,14 @@ class MemoryRouter:
                 yield Failed(error=self.failure)
                 return
             await self.gate.wait()
+            if self.running[id] == "cancel":
+                yield Failed(error=Cancelled("the request was cancelled by its id"))
+                return
             for index in range(request.samples):
                 yield self._picture(request, index)
         finally:
+            del self.running[id]
             self.left += 1
-
-    async def upscaler_state(self) -> ModelState:
-        return "cold"
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         self.upscales.append(wanted)
@@ -102,7 +115,7 @@ def router() -> MemoryRouter:
 @pytest.fixture
 def service(router: MemoryRouter) -> Service:
     service = Service(router)
-    service.offer(CARDS, "sd15", UPSCALER)
+    service.offer(CARDS, "sd15", ADAPTERS, UPSCALER)
     return service
 
 

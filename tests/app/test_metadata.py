@@ -103,7 +103,9 @@ REFUSED = {
     "another part": ({"files": {"mask": ("a", b"1")}}, 422, "image"),
     "no boundary": ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body"),
     "another kind": ({"content": b"x", "headers": {"content-type": "multipart/mixed; boundary=b"}}, 400, "body"),
-    "long boundary": ({"content": b"x", "headers": {"content-type": f"multipart/form-data; boundary={'b' * 999}"}}, 400, "body"),
+    "long boundary": (
+        {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=" + "b" * 999}}, 400, "body"
+    ),
     "cut off": (form(b'name="image"; filename="x"\r\n\r\nabc', end=b""), 400, "body"),
     "no name": (form(b'filename="x"\r\n\r\nabc'), 400, "body"),
     "no header": (form(b"\r\nabc"), 400, "body"),
@@ -133,12 +135,12 @@ def parsed(*parts: bytes, max_parts: int = 8, max_field_bytes: int = 100) -> mul
 def test_fields_and_files_are_kept_apart():
     fields, files = parsed(
         b'name="prompt"\r\n\r\nK\xc3\xa4se\r\nund Brot',
-        b'name="image[]"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n--bb\r\n',
+        b'name="image[]"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n--c\r\n',
         b'name="image[]"; filename=""\r\n\r\n',
         b'name="empty"\r\n\r\n',
     )
     assert fields == {"prompt": "Käse\r\nund Brot", "empty": ""}
-    assert files == {"image[]": [b"\x89PNG\r\n--bb\r\n", b""]}
+    assert files == {"image[]": [b"\x89PNG\r\n--c\r\n", b""]}
 
 
 def test_each_kind_of_part_has_its_limit():

@@ -59,10 +59,12 @@ class Handle:
     def __init__(self, *scripts: list[Any]):
         self.responses = [Response(script) for script in scripts]
         self.requests: list[EffectiveRequest] = []
+        self.ids: list[str] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: EffectiveRequest, progress: bool) -> Response:
+    def _remote(self, request: EffectiveRequest, progress: bool, id: str) -> Response:
         self.requests.append(request)
+        self.ids.append(id)
         return self.responses[len(self.requests) - 1]
 
 
@@ -85,7 +87,7 @@ REQUEST = GenerationRequest(model="sd15", prompt="x", seed=0, samples=2).resolve
 
 
 async def collect(router: Router, request: EffectiveRequest = REQUEST) -> list[Any]:
-    return [event async for event in router.generate(request, True)]
+    return [event async for event in router.generate(request, True, "id-1")]
 
 
 async def test_a_replica_that_dies_is_tried_once_more_without_repeating_pictures(routed):
@@ -97,6 +99,7 @@ async def test_a_replica_that_dies_is_tried_once_more_without_repeating_pictures
     assert events == [ADMITTED, progress(0), finished(0), progress(1), progress(1), finished(1)]
     assert handle.requests[0].seed == handle.requests[1].seed
     assert all(response.cancelled for response in handle.responses)
+    assert handle.ids == ["id-1", "id-1"]
 
 
 async def test_a_second_death_is_a_failure_that_may_be_retried(routed):
@@ -152,3 +155,47 @@ async def test_a_model_that_does_not_run_is_said_at_once(routed, state: str):
 def test_a_models_state_is_read_from_serves(status: str, replicas: dict[str, int], state: str):
     overview = SimpleNamespace(status=status, deployments={"Model": SimpleNamespace(replica_states=replicas)})
     assert _state(overview) == state
+
+
+class Broadcast:
+    """What `handle.broadcast` gives: the replicas' answers, or an exception in the place of all of them."""
+
+    def __init__(self, answers: list[Any] | Exception):
+        self._answers = answers
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert timeout_s > 0
+        assert return_exceptions
+        if isinstance(self._answers, Exception):
+            raise self._answers
+        return self._answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "known"),
+    [
+        ([False, True], True),
+        ([False, False], False),
+        ([], False),
+        ([ActorDiedError(), True], True),
+        ([ActorDiedError()], False),
+        (DeploymentUnavailableError(DeploymentID("Model", "model-sd15")), False),
+        (TimeoutError(), False),
+    ],
+)
+async def test_an_ending_reaches_every_replica(routed, answers: list[Any] | Exception, known: bool):
+    router, handle = routed()
+    told: list[tuple[str, str]] = []
+
+    def broadcast(method: str, id: str) -> Broadcast:
+        told.append((method, id))
+        return Broadcast(answers)
+
+    handle.broadcast = broadcast
+    assert await router.tell(["sd15"], "accept", "id-1") is known
+    assert told == [("accept", "id-1")]
+
+
+async def test_a_model_that_is_not_awake_is_not_asked(routed):
+    router, _ = routed(state="cold")
+    assert await router.tell(["sd15"], "cancel", "id-1") is False

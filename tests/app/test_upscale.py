@@ -90,12 +90,12 @@ async def test_accept_and_format_must_agree(client: httpx2.AsyncClient):
         ({"json": {"image": BASE64, "model": "nope"}}, 404, None, "lanczos, 2x"),
         ({"json": {"image": BASE64, "output_format": "gif"}}, 422, "output_format", "png"),
         ({"content": b"{"}, 400, "body", "JSON"),
-        ({"files": {"img": FILE["image"]}}, 422, "image", "only file"),
-        ({"files": {"scale": (None, "2")}}, 422, "image", "only file"),
-        ({"files": FILE, "data": {"scale": "two"}}, 422, "scale", "number"),
-        ({"files": FILE, "data": {"scale": "nan"}}, 422, "scale", ""),
+        ({"files": {"img": FILE["image"]}}, 422, "image", "required"),
+        ({"files": {"scale": (None, "2")}}, 422, "image", "required"),
+        ({"files": FILE, "data": {"scale": "two"}}, 422, "scale", "JSON"),
+        ({"files": FILE, "data": {"scale": "nan"}}, 422, "scale", "JSON"),
         ({"files": FILE, "data": {"factor": "2"}}, 422, "factor", "unknown field"),
-        ({"files": [("image", FILE["image"]), ("image", FILE["image"])]}, 422, "image", "only file"),
+        ({"files": [("image", FILE["image"]), ("image", FILE["image"])]}, 422, "image", "more than once"),
         ({"files": [("image", FILE["image"])] * 65}, 413, "body", "parts"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body", "boundary"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, 400, "body", "multipart"),
@@ -129,17 +129,18 @@ async def test_a_full_upscaler_says_when_to_come_back(client: httpx2.AsyncClient
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
 
 
-async def test_the_upscalers_are_listed(client: httpx2.AsyncClient):
-    listed = (await client.get("/v1/upscalers")).json()
-    entry = {"object": "upscaler", "state": "cold"}
-    assert listed["data"] == [entry | {"id": "lanczos", "default": False}, entry | {"id": "2x", "default": True}]
-    assert listed["limits"]["scale"] == [1, 8]
-    assert listed["limits"]["max_output_pixels"] == 1024 * 1024
+async def test_the_upscalers_are_listed_with_what_else_a_request_may_name(client: httpx2.AsyncClient):
+    listed = (await client.get("/v1/adapters")).json()["data"]
+    assert [(a["name"], a["models"]) for a in listed if a["kind"] == "upscaler"] == [
+        ("lanczos", ["sd15", "sdxl"]),
+        ("2x", ["sd15", "sdxl"]),
+    ]
 
 
 async def test_a_server_without_an_upscaler_says_so(client: httpx2.AsyncClient, service: Any):
     service.offer(CARDS, "sd15")
-    for answer in (await client.post("/v1/upscale", files=FILE), await client.get("/v1/upscalers")):
+    larger = {"prompt": "x", "upscale": {"scale": 2}}
+    for answer in (await client.post("/v1/upscale", files=FILE), await client.post("/v1/generate", json=larger)):
         assert (answer.status_code, answer.json()["error"]["message"]) == (404, "this server has no upscaler")
 
 

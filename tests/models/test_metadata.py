@@ -108,25 +108,25 @@ class Later(EffectiveRequest):
     """A request as it may look one day."""
 
     parts: tuple[Part, ...] = ()
-    hires: Part | None = None
-    hires_fraction: float = 0.5
+    whole: Part | None = None
+    fraction: float = 0.5
 
 
 def test_fields_that_are_yet_to_come_are_written_by_themselves():
     source = Picture.from_array(GREY)
     values = {field.name: getattr(effective(), field.name) for field in fields(EffectiveRequest)}
     parts = (Part(name="edges", image=source, weight=0.5), Part(name="plain"))
-    later = Later(**values | {"parts": parts, "hires_fraction": 0.25, "adapters": (AdapterUse(name="x", weight=0.8),)})
+    later = Later(**values | {"parts": parts, "fraction": 0.25, "adapters": (AdapterUse(name="x", weight=0.8),)})
     told = orjson.loads(write(later, REVISION, "full")["heliograph"])["parameters"]
     digest = hashlib.sha256(source.data).hexdigest()
     assert told["parts"] == [
         {"name": "edges", "image": {"width": 64, "height": 64, "sha256": digest}, "weight": 0.5},
         {"name": "plain", "image": None, "weight": 1.0},
     ]
-    assert (told["hires"], told["hires_fraction"], told["adapters"]) == (None, 0.25, [{"name": "x", "weight": 0.8}])
+    assert (told["whole"], told["fraction"], told["adapters"]) == (None, 0.25, [{"name": "x", "weight": 0.8}])
     found = read(picture(later))
     assert [warning for warning in found.warnings if "no such field" in warning] == [
-        f"`{name}` is left out: there is no such field here" for name in ("parts", "hires", "hires_fraction")
+        f"`{name}` is left out: there is no such field here" for name in ("parts", "whole", "fraction")
     ]
     assert found.parameters["adapters"] == [{"name": "x", "weight": 0.8}]
     assert "a cat <lora:x:0.8>" in (found.infotext or "")
@@ -271,7 +271,9 @@ ODD = {
     "Steps: " + "9" * 5000 + ", Sampler: , CFG scale: 1e999, Masked content: magic": {
         "Steps", "Sampler", "CFG scale", "Masked content"
     },
-    'Steps: 1, Sampler: Euler, Lora hashes: "a: b, c: d", Template: "\\ud800", TI: "open': {"Lora hashes", "Template", "TI"},
+    'Steps: 1, Sampler: Euler, Lora hashes: "a: b, c: d", Template: "\\ud800", TI: "open': {
+        "Lora hashes", "Template", "TI"
+    },
 }  # fmt: skip
 
 
@@ -290,7 +292,9 @@ def test_other_texts_are_not_taken_for_infotext(text: str):
 
 
 def test_lines_that_extensions_add_below_do_no_harm():
-    found = read(carrying("a cat\nSteps: 20, Sampler: Euler, CFG scale: 7\nTemplate: a {cat|dog}\nNegative Template: x"))
+    found = read(
+        carrying("a cat\nSteps: 20, Sampler: Euler, CFG scale: 7\nTemplate: a {cat|dog}\nNegative Template: x")
+    )
     assert (found.parameters["prompt"], found.parameters["steps"]) == ("a cat", 20)
 
 
@@ -301,8 +305,9 @@ def test_an_empty_prompt_is_a_prompt():
 
 
 def test_parsing_takes_time_in_proportion():
-    assert infotext.parse("a" * 2_000_000) is None
-    assert infotext.parse("Steps: 1, b: 2, " + "x" * 1_000_000 + ', c: "' * 20_000) is not None
+    assert infotext.parse("Steps: 1, b: 2, " + "x" * 4_000_000) is None
+    assert infotext.parse("Steps: 1, b: 2, " + "x" * 50_000 + ', c: "' * 8_000) is not None
+    assert infotext.parse("Steps: 1, b: 2, " + 'c: "' * 20_000) is not None
 
 
 @pytest.mark.parametrize("prompt", [p for name, p in AWKWARD.items() if name != "spaces"], ids=lambda p: p[:12])
@@ -364,12 +369,11 @@ def drawing() -> Iterator[Engine]:
 def test_a_request_rebuilt_from_a_picture_draws_the_same_picture(drawing: Engine, format: str):
     wanted = GenerationRequest(
         model="sd15", prompt="a (red:1.1) circle,\non a blue background", negative_prompt="Käse: green", steps=4,
-        guidance_scale=5.5, seed=77, samples=2, sampler="euler_a", clip_skip=1, output_format=format,
+        guidance_scale=5.5, seed=77, sampler="euler_a", clip_skip=1, output_format=format,
     ).resolve(drawing.card)  # fmt: skip
-    drawn = drawing.generate([wanted])[0]
-    first = drawn[1]
+    first = drawing.generate([wanted])[0][0]
     with Image.open(io.BytesIO(first.data)) as image:
         pixels = np.asarray(image.convert("RGB"))
-    data = encode(pixels, format, write(wanted.sample(1), drawing.revision, "full"))
+    data = encode(pixels, format, write(wanted, drawing.revision, "full"))
     again = drawing.generate([GenerationRequest(**read(data).parameters)])[0][0]
     assert again.data == first.data

@@ -1,0 +1,171 @@
+"""What this API answers: pictures, events, models, samplers, adapters."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from fastapi.responses import Response
+
+from app import wire
+from app.errors import envelope
+from app.service import Accepted, AdapterDescription, GenerationResult, ModelDescription, StreamEvent
+from models import limits
+from models.errors import HeliographError
+from models.events import Finished, Progress, Timings
+from models.images import FORMATS, MEDIA_TYPES, Picture
+from models.limits import Range
+from models.request import EffectiveRequest
+from models.samplers import SAMPLERS, SCHEDULE_LABELS, SCHEDULES
+
+_OF_A_PICTURE = {"denoise_strength"}
+_OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
+
+
+def from_result(result: GenerationResult) -> dict[str, Any]:
+    """The JSON answer."""
+    return {
+        "id": result.id,
+        "created": result.created,
+        "model": result.request.model,
+        "revision": result.revision,
+        "images": [_image(image) for image in result.images],
+        "parameters": parameters(result.request),
+        "timings": _timings(result.timings, result.total_s),
+        "warnings": list(result.warnings),
+    }
+
+
+def from_event(event: StreamEvent) -> bytes:
+    """One server-sent event."""
+    match event:
+        case Accepted(request=request):
+            values = {"id": event.id, "created": event.created, "model": request.model, "revision": event.revision}
+            values |= {"waiting": event.waiting, "parameters": parameters(request)}
+            return wire.server_sent_event("queued", values)
+        case Progress(preview=preview):
+            values = {field.name: getattr(event, field.name) for field in fields(event) if field.name != "preview"}
+            if preview is not None:
+                values["preview"] = {"format": "jpeg", "base64": wire.encode_base64(preview)}
+            return wire.server_sent_event("progress", values)
+        case Finished():
+            return wire.server_sent_event("image", _image(event))
+        case GenerationResult(images=images):
+            values = from_result(event) | {"images": [{"index": i.index, "seed": i.seed} for i in images]}
+            return wire.server_sent_event("done", values)
+
+
+async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; a failure is the last of them."""
+    async with aclosing(rest):
+        try:
+            yield from_event(first)
+            async for event in rest:
+                yield from_event(event)
+        except HeliographError as error:
+            yield wire.server_sent_event("error", envelope(error))
+
+
+def picture_response(result: GenerationResult) -> Response:
+    """The picture itself, with what is short enough to be a header."""
+    image, request = result.images[0], result.request
+    headers = {
+        "x-id": result.id,
+        "x-model": request.model,
+        "x-revision": result.revision,
+        "x-seed": str(image.seed),
+        "x-size": f"{image.width}x{image.height}",
+        "x-steps": str(request.steps),
+        "x-guidance-scale": str(request.guidance_scale),
+        "x-sampler": request.sampler,
+        "x-schedule": request.schedule,
+        "x-warnings": str(len(result.warnings)),
+        "x-content-type-options": "nosniff",
+    }
+    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers)
+
+
+def from_model(model: ModelDescription) -> dict[str, Any]:
+    """A model's entry in the list. `object`, `id` and the list's `data` are what OpenAI's clients look for."""
+    card = model.card
+    return {
+        "id": card.name,
+        "object": "model",
+        "family": card.family,
+        "state": model.state,
+        "default": model.default,
+        "tasks": list(card.tasks),
+        "size": {"width": card.width, "height": card.height},
+        "defaults": {
+            "steps": card.steps,
+            "guidance_scale": card.guidance_scale,
+            "sampler": card.sampler,
+            "schedule": card.schedule,
+        },
+        "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
+        "output_formats": list(FORMATS),
+        "limits": _limits() | {"max_pixels": card.max_pixels},
+    }
+
+
+def from_adapter(adapter: AdapterDescription) -> dict[str, Any]:
+    """An adapter's entry in the list."""
+    return asdict(adapter) | {"models": list(adapter.models)}
+
+
+def samplers() -> dict[str, Any]:
+    """Every sampler with the names that people use for it elsewhere, and every schedule."""
+    entries = [
+        {
+            "name": name,
+            "label": sampler.label,
+            "aliases": list(sampler.aliases),
+            "schedules": list(sampler.schedules),
+        }
+        for name, sampler in SAMPLERS.items()
+    ]
+    schedules = [{"name": name, "label": SCHEDULE_LABELS[name]} for name in SCHEDULES]
+    return {"object": "list", "data": entries, "schedules": schedules}
+
+
+def parameters(request: EffectiveRequest) -> dict[str, Any]:
+    """Every parameter that plays a part, as it was used; pictures by their size."""
+    idle = {"model"}
+    if request.image is None:
+        idle |= _OF_A_PICTURE
+    if request.task != "inpaint":
+        idle |= _OF_A_MASK
+    values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in idle}
+    return {"task": request.task} | {name: _told(value) for name, value in values.items() if _is_given(value)}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value != ()
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Picture):
+        return {"width": value.width, "height": value.height}
+    if isinstance(value, tuple):
+        return [_told(item) for item in value]
+    if is_dataclass(value):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: _told(part) for name, part in parts.items() if _is_given(part)}
+    return value
+
+
+def _image(image: Finished) -> dict[str, Any]:
+    values = {"index": image.index, "seed": image.seed, "format": image.format}
+    return values | {"width": image.width, "height": image.height, "base64": wire.encode_base64(image.data)}
+
+
+def _timings(timings: Timings, total_s: float) -> dict[str, float]:
+    """Seconds, by stage and from end to end."""
+    stages = {field.name.removesuffix("_s"): round(getattr(timings, field.name), 4) for field in fields(timings)}
+    return stages | {"total": round(total_s, 4)}
+
+
+def _limits() -> dict[str, Any]:
+    """Every range that a request's fields have, and the two limits that are no ranges."""
+    ranges = {name.lower(): [range.low, range.high] for name, range in vars(limits).items() if isinstance(range, Range)}
+    return ranges | {"size_multiple": limits.SIDE_MULTIPLE, "prompt_characters": limits.PROMPT_CHARACTERS}

@@ -1,0 +1,64 @@
+"""Textual inversion: words whose embeddings were learned from a few pictures (arXiv:2208.01618)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from models.errors import InvalidRequest
+
+VECTORS = 75  # of one word: what a chunk of a prompt holds
+_BYTES = 16 * 2**20
+_SDXL = ("clip_l", "clip_g")  # in the order of SDXL's text encoders
+
+
+@dataclass(frozen=True, eq=False)
+class TextualInversion:
+    """A learned word: for each text encoder of the model it was made for, the embeddings (n, width) of its n tokens."""
+
+    vectors: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "TextualInversion":
+        """Reads a safetensors file: A1111's (`emb_params`), diffusers' ({token: embeddings}), SDXL's (`clip_l` and
+        `clip_g`).
+
+        Raises InvalidRequest for any other file, embeddings that are no finite numbers, or more than 75 of them.
+        """
+        if path.suffix != ".safetensors":
+            raise InvalidRequest("location", f"{path} is not a .safetensors file; others can run code and are not read")
+        try:
+            if path.stat().st_size > _BYTES:
+                raise InvalidRequest("location", f"{path} is larger than {_BYTES // 2**20} MiB, no textual inversion")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        except (SafetensorError, OSError) as error:
+            raise InvalidRequest("location", f"{path} is not a complete .safetensors file: {error}") from error
+        return cls(tuple(_checked(path, vectors) for vectors in _in_order(path, tensors)))
+
+
+def _in_order(path: Path, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each text encoder."""
+    if set(tensors) == set(_SDXL):
+        found = [tensors[name] for name in _SDXL]
+    elif "emb_params" in tensors:
+        found = [tensors["emb_params"]]
+    elif len(tensors) == 1:
+        found = list(tensors.values())
+    else:
+        some = ", ".join(sorted(tensors)[:5]) or "nothing"
+        raise InvalidRequest("location", f"{path} holds {some}: that is no textual inversion")
+    if len({len(vectors) for vectors in found if vectors.dim()}) > 1:
+        raise InvalidRequest("location", f"{path} has not as many embeddings for one text encoder as for the other")
+    return found
+
+
+def _checked(path: Path, vectors: torch.Tensor) -> torch.Tensor:
+    """(n, width) float32."""
+    vectors = vectors.float()
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    if vectors.dim() != 2 or not 1 <= len(vectors) <= VECTORS or not vectors.isfinite().all():
+        shape = "x".join(map(str, vectors.shape))
+        raise InvalidRequest("location", f"{path} holds {shape} numbers, not 1 to {VECTORS} embeddings of finite ones")
+    return vectors

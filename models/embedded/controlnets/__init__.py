@@ -1,0 +1,1 @@
+"""The embedded canny ControlNets: the recipe beside the weights that it made."""

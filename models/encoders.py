@@ -1,0 +1,74 @@
+"""CLIP's text encoders over chunks: hidden states, emphasis, and words that are no words of theirs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from models.tokens import Chunk
+
+_TOGETHER = 32  # chunks in one call
+
+
+def widths(*models: Any) -> tuple[int, ...]:
+    """The width of each encoder's token embeddings."""
+    return tuple(model.get_input_embeddings().weight.shape[1] for model in models)
+
+
+def hidden_states(model: Any, chunks: Sequence[Chunk], last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each chunk's hidden state, (chunks, tokens, width), of the layer that is `last` from the end where none is left
+    out; and the model's first output (chunks, ...), which is the pooled one where it projects."""
+    states, first = [], []
+    for start in range(0, len(chunks), _TOGETHER):
+        some = chunks[start : start + _TOGETHER]
+        ids = torch.tensor([chunk.ids for chunk in some], device=model.get_input_embeddings().weight.device)
+        with _own_words(model, some):
+            output = model(ids, output_hidden_states=True)
+        states += [output.hidden_states[-(last + chunk.clip_skip)][i] for i, chunk in enumerate(some)]
+        first.append(output[0])
+    return torch.stack(states), torch.cat(first)
+
+
+def normalized(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states through the encoder's last norm, wherever its weights live."""
+    norm = model.final_layer_norm
+    weight, bias = norm.weight.to(hidden.device), norm.bias.to(hidden.device)
+    return torch.nn.functional.layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def emphasized(hidden: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
+    """Hidden states (chunks, tokens, width) times each token's weight, each chunk's mean put back to what it was.
+
+    A1111's way. Chunks of which all weights are 1 stay exactly as they are.
+    """
+    heavy = [i for i, chunk in enumerate(chunks) if any(weight != 1.0 for weight in chunk.weights)]
+    if not heavy:
+        return hidden
+    before = hidden[heavy].float()
+    after = before * torch.tensor([chunks[i].weights for i in heavy], device=hidden.device)[..., None]
+    after = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
+    emphasized = hidden.clone()
+    emphasized[heavy] = after.to(hidden.dtype)
+    return emphasized
+
+
+@contextmanager
+def _own_words(model: Any, chunks: Sequence[Chunk]) -> Iterator[None]:
+    """While this lasts, the chunks' own vectors stand where the model would look up the embeddings of tokens."""
+    if not any(chunk.vectors for chunk in chunks):
+        yield
+        return
+
+    def put(module: torch.nn.Module, arguments: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        embeddings = embeddings.clone()
+        for row, chunk in zip(embeddings, chunks, strict=True):
+            for start, vectors in chunk.vectors.items():
+                row[start : start + len(vectors)] = vectors.to(row)
+        return embeddings
+
+    hook = model.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()
