@@ -66,9 +66,9 @@ class Denoiser:
         timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
-        seen, told = inputs[batch.owners], timesteps[batch.owners]
-        residuals = batch.controls.residuals(seen, told, batch.rows, [s.position for s in sequences])
-        outputs = self._family.predict(seen, told, batch.rows, residuals)
+        seen, when = inputs[batch.owners], timesteps[batch.owners]
+        residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences])
+        outputs = self._family.predict(seen, when, batch.rows, residuals)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m

@@ -41,7 +41,7 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self._family, name)
 
-    def predict(self, latents, timesteps, rows):
+    def predict(self, latents, timesteps, rows, residuals=None):
         return self._predict(self._family, latents, timesteps, rows)
 
 
@@ -250,7 +250,7 @@ def test_warm_up_measures_a_cap():
 
 
 def test_a_truncated_prompt_is_told(engine):
-    [[finished]] = engine.generate([ask(prompt="a red circle " * 60)])
+    [[finished]] = engine.generate([ask(prompt="a red circle " * 500)])
     assert any("left out" in warning for warning in finished.warnings)
 
 
