@@ -5,13 +5,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from app.options import to_body, with_options
+from app.options import read_picture, to_body, with_options
 from models.errors import HeliographError, InvalidRequest
+
+if TYPE_CHECKING:
+    from models.images import ImageFormat
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,11 +148,41 @@ def _save(events: Iterator[Any], output: Path) -> None:
         console.print(f"{path}: {picture.width}x{picture.height}, seed {picture.seed}", highlight=False)
 
 
-def _format(output: Path) -> str:
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
+def _format(output: Path) -> "ImageFormat":
+    formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
     if output.suffix.lower() not in formats:
         raise InvalidRequest("output", f"must end in one of {', '.join(formats)}, not {output.suffix!r}")
     return formats[output.suffix.lower()]
+
+
+@app.command()
+def upscale(
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG, WebP or AVIF; a transparent one stays so.")],
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("out.png"),
+    scale: Annotated[float, typer.Option(help="How many times as wide and as high; fractions are allowed.")] = 2.0,
+    model: Annotated[str | None, typer.Option(help="lanczos, or an upscaler of the configuration.")] = None,
+    address: Address = ADDRESS,
+    local: Local = False,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Make IMAGE larger, through a server or with --local. The format is the output file's."""
+    from rich.progress import Progress
+
+    from app import client, deployment
+    from app.settings import UpscalerSettings
+    from models.parts import Upscale
+
+    format, wanted, picture = _format(output), Upscale(scale=scale, model=model), read_picture("image", image)
+    if not local:
+        output.write_bytes(client.Client(address).upscale(picture, wanted, format))
+        return
+    settings = deployment.read(config)[0].upscaler or UpscalerSettings()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("tiles", total=None)
+        data = client.upscale_locally(
+            settings, picture, wanted, format, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    output.write_bytes(data)
 
 
 @models_app.command("list")

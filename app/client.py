@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx2
 
-from app.settings import ModelSettings
+from app.settings import ModelSettings, UpscalerSettings
 from models.errors import HeliographError
 from models.events import Event, Failed, Finished, Progress, Timings
+from models.images import MEDIA_TYPES, ImageFormat
+from models.parts import Upscale
 
 REQUEST_TIMEOUT_S = 900.0  # a model that sleeps has to wake first
 
@@ -57,6 +59,20 @@ class Client:
         except httpx2.HTTPError as gone:
             raise self._unreachable(gone) from gone
 
+    def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> bytes:
+        """The encoded picture, enlarged, in that format. Raises ServerSaid or Unreachable."""
+        body: dict[str, Any] = {"image": base64.b64encode(picture).decode(), "scale": wanted.scale}
+        if wanted.model is not None:
+            body["model"] = wanted.model
+        headers = {"accept": MEDIA_TYPES[format]}
+        try:
+            answer = httpx2.post(f"{self._address}/v1/upscale", json=body, headers=headers, timeout=REQUEST_TIMEOUT_S)
+        except httpx2.HTTPError as gone:
+            raise self._unreachable(gone) from gone
+        if answer.status_code != 200:
+            raise _refusal(answer)
+        return answer.content
+
     def _get(self, path: str) -> dict[str, Any]:
         try:
             answer = httpx2.get(self._address + path, timeout=30)
@@ -91,6 +107,19 @@ def generate_locally(settings: ModelSettings, body: dict[str, Any]) -> Iterator[
             unfinished -= isinstance(event, Finished)
     finally:
         engine.close()
+
+
+def upscale_locally(
+    settings: UpscalerSettings,
+    picture: bytes,
+    wanted: Upscale,
+    format: ImageFormat,
+    on_tile: Callable[[int, int], None],
+) -> bytes:
+    """Enlarges in this process. Raises the errors of models/errors.py."""
+    from app.upscaler import start_networks
+
+    return start_networks(settings).upscale(picture, wanted, on_tile=on_tile).encode(format)
 
 
 def _refusal(answer: httpx2.Response) -> ServerSaid:

@@ -9,11 +9,20 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from app.settings import CatalogueSettings, GatewaySettings, ModelSettings, Strict, explain
+from app.settings import (
+    UPSCALER_APPLICATION,
+    CatalogueSettings,
+    GatewaySettings,
+    ModelSettings,
+    Strict,
+    UpscalerSettings,
+    explain,
+)
 from models.errors import InvalidRequest
 
 GATEWAY_IMPORT = "app.main:gateway"
 MODEL_IMPORT = "app.main:model"
+UPSCALER_IMPORT = "app.main:upscaler"
 
 
 class HttpOptions(Strict):
@@ -66,6 +75,12 @@ class Deployment(Strict):
         return [ModelSettings.model_validate(a.args) for a in self.applications if a.import_path == MODEL_IMPORT]
 
     @property
+    def upscaler(self) -> UpscalerSettings | None:
+        """The upscaler that the file runs, None where it runs none."""
+        found = [a for a in self.applications if a.import_path == UPSCALER_IMPORT]
+        return UpscalerSettings.model_validate(found[0].args) if found else None
+
+    @property
     def catalogue(self) -> CatalogueSettings:
         """The models that the gateway offers."""
         gateway = next(a for a in self.applications if a.import_path == GATEWAY_IMPORT)
@@ -87,7 +102,18 @@ class Deployment(Strict):
                     f"the gateway offers model {model.name}, but no application {model.application} runs it with the "
                     "same settings; share them by a YAML anchor"
                 )
+        self._check_upscaler()
         return self
+
+    def _check_upscaler(self) -> None:
+        names = [a.name for a in self.applications if a.import_path == UPSCALER_IMPORT]
+        if names not in ([], [UPSCALER_APPLICATION]):
+            raise ValueError(f"one application at most runs the upscaler, named {UPSCALER_APPLICATION}, not {names}")
+        if self.catalogue.upscaler not in (None, self.upscaler):
+            raise ValueError(
+                f"the gateway offers an upscaler, but no application {UPSCALER_APPLICATION} runs it with the same "
+                "settings; share them by a YAML anchor"
+            )
 
 
 def _runs_model(application: Application) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.events import Event
+from models.images import ImageFormat
 
 ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
 Ending = Literal["accept", "cancel"]  # how a running request may be made to end before its time
@@ -18,3 +19,14 @@ class Admitted:
 
 
 ReplicaEvent = Admitted | Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upscaled:
+    """A picture made larger: encoded, its size, and the upscaler that did it."""
+
+    data: bytes
+    format: ImageFormat
+    width: int
+    height: int
+    model: str

@@ -44,9 +44,10 @@ class Gateway:
         return build(self._service, self._settings, self._readiness.reason)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes over the models of a new user_config. Raises ValidationError, which fails the deployment."""
+        """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
         catalogue = CatalogueSettings.model_validate(user_config)
-        self._service.offer(catalogue.cards(), catalogue.default_model)
+        upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
+        self._service.offer(catalogue.cards(), catalogue.default_model, upscaler=upscaler)
         self._readiness.warm_up()
 
 

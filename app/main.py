@@ -1,4 +1,4 @@
-"""The whole Serve graph on one page: each model is an application of its own, and so is the gateway.
+"""The whole Serve graph on one page: each model is an application of its own, and so are the upscaler and the gateway.
 
 Serve restarts every replica of an application whose args change, so what changes apart is deployed apart. Only the
 gateway has a route; it finds models by their application's name. Numbers here are defaults that serve_config.yaml may
@@ -10,7 +10,8 @@ from ray.serve import Application
 
 from app.ingress import Gateway
 from app.replica import Model
-from app.settings import MODEL_DEPLOYMENT, GatewaySettings, ModelSettings
+from app.settings import MODEL_DEPLOYMENT, UPSCALER_DEPLOYMENT, GatewaySettings, ModelSettings, UpscalerSettings
+from app.upscaler import Upscaler
 
 _GATEWAY = serve.deployment(
     name="Gateway",
@@ -36,6 +37,17 @@ _MODEL = serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
 )
 
+_UPSCALER = serve.deployment(
+    name=UPSCALER_DEPLOYMENT,
+    max_ongoing_requests=256,  # likewise: the replica refuses first
+    max_queued_requests=256,
+    health_check_period_s=5,
+    health_check_timeout_s=20,
+    graceful_shutdown_timeout_s=120,
+    graceful_shutdown_wait_loop_s=0.5,
+    ray_actor_options={"num_cpus": 0.1},
+)
+
 
 def gateway(args: GatewaySettings) -> Application:
     """The application that answers HTTP."""
@@ -45,3 +57,8 @@ def gateway(args: GatewaySettings) -> Application:
 def model(args: ModelSettings) -> Application:
     """The application that runs one model."""
     return _MODEL(Model).bind(args)
+
+
+def upscaler(args: UpscalerSettings) -> Application:
+    """The application that makes pictures larger."""
+    return _UPSCALER(Upscaler).bind(args)

@@ -125,8 +125,13 @@ def to_body(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoded(option: str, picture: Path | str) -> str:
+    return base64.b64encode(read_picture(option, picture)).decode()
+
+
+def read_picture(option: str, picture: Path | str) -> bytes:
+    """The file's bytes. Raises InvalidRequest naming the option."""
     try:
-        return base64.b64encode(Path(picture).read_bytes()).decode()
+        return Path(picture).read_bytes()
     except OSError as unreadable:
         raise InvalidRequest(option, f"cannot read {picture}: {unreadable.strerror}") from unreadable
 

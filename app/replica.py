@@ -5,11 +5,14 @@ torch is imported when a replica is made, never when this module is: Serve's own
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from app.events import Admitted, ReplicaEvent
+from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
-from models.errors import Cancelled, HeliographError
+from models import metadata
+from models.errors import Cancelled, GenerationFailed, HeliographError
 from models.events import Event, Failed, Finished
 from models.request import EffectiveRequest
 
@@ -21,6 +24,7 @@ class Model:
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
         self._listening: dict[str, asyncio.Queue[Event]] = {}
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
+        self._upscaler = UpscalerRoute()
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
@@ -31,13 +35,14 @@ class Model:
         """
         # Not bounded by a number because it is by nature: steps x samples events, and only the last pictures are large.
         events: asyncio.Queue[Event] = asyncio.Queue()
+        chain = Chain(request, events, self._upscaler)
         loop = asyncio.get_running_loop()
         waiting = self._engine.load().waiting
         # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
         submitting = loop.run_in_executor(
             None,
             lambda: self._engine.submit(
-                request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), progress=progress, id=id
+                chain.first, lambda event: loop.call_soon_threadsafe(chain.put, event), progress=progress, id=id
             ),
         )
         try:
@@ -61,6 +66,7 @@ class Model:
         finally:
             del self._listening[id]
             self._engine.cancel(id)
+            chain.close()
 
     async def accept(self, id: str) -> bool:
         """Ends a request with what its next step expects. False where no such request runs here."""
@@ -97,6 +103,50 @@ class Model:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.close()
+
+
+class Chain:
+    """Where a request's events go. With `upscale` in the request each finished picture first goes to the upscaler, from
+    here and without waiting for the others, and comes back larger or as Failed; without it nothing is touched."""
+
+    def __init__(self, request: EffectiveRequest, events: asyncio.Queue[Event], upscaler: UpscalerRoute):
+        self._request, self._events, self._upscaler = request, events, upscaler
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    @property
+    def first(self) -> EffectiveRequest:
+        """What the engine is to do of the request. PNG, because what is lost by packing would be enlarged as well; and
+        without metadata, which tells of the picture in the end."""
+        if not self._request.upscale:
+            return self._request
+        return replace(self._request, upscale=None, output_format="png", metadata="none")
+
+    def put(self, event: Event) -> None:
+        """Takes an event of the engine; on the event loop."""
+        if isinstance(event, Finished) and self._request.upscale:
+            self._under_way.add(asyncio.get_running_loop().create_task(self._send_on(event)))
+        else:
+            self._events.put_nowait(event)
+
+    async def _send_on(self, picture: Finished) -> None:
+        request = self._request
+        assert request.upscale is not None
+        try:
+            text = metadata.write(request.sample(picture.index), picture.revision, request.metadata)
+            larger = await self._upscaler.upscale(picture.data, request.upscale, request.output_format, text)
+        except HeliographError as error:
+            event: Event = Failed(error=error)
+        except Exception as fault:  # nobody else would hear of it, and the request would never end
+            event = Failed(error=GenerationFailed("engine_fault", f"enlarging the picture failed: {fault!r}"))
+        else:
+            size = {"width": larger.width, "height": larger.height}
+            event = replace(picture, data=larger.data, format=larger.format, **size)
+        self._events.put_nowait(event)
+
+    def close(self) -> None:
+        """For a caller who left: what is under way at the upscaler is cancelled."""
+        for task in self._under_way:
+            task.cancel()
 
 
 def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, dict[str, Any]]:

@@ -6,7 +6,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,13 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from app.events import Admitted, Ending, ModelState, ReplicaEvent
-from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished
+from models.images import ImageFormat
 from models.limits import DEADLINE_S
+from models.parts import Upscale
 from models.request import EffectiveRequest
 
 ATTEMPTS = 2
@@ -40,10 +42,19 @@ class Router:
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
         self._states = _States()
+        self._upscaler = UpscalerRoute(self._states)
 
     async def state(self, model: str) -> ModelState:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
+
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
+        """The encoded picture, enlarged, in that format."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                return await self._upscaler.upscale(picture, wanted, format)
+        except TimeoutError as late:
+            raise GenerationFailed("deadline", "the picture was not enlarged in time") from late
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
@@ -110,7 +121,7 @@ class Router:
         except RayActorError:
             raise
         except (RayError, RayServeException) as fault:
-            raise _typed(fault, request.model) from fault
+            raise _typed(fault, f"model {request.model}") from fault
         finally:
             if response is not None:
                 response.cancel()
@@ -120,7 +131,7 @@ class Router:
         state = await self._states.of(model)
         if state in ("missing", "failed"):
             self._handles.pop(model, None)
-            raise _unavailable(model, state)
+            raise _unavailable(f"model {model}", state)
         if model not in self._handles:
             make = partial(serve.get_deployment_handle, MODEL_DEPLOYMENT, app_name=MODEL_APPLICATION.format(name=model))
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
@@ -128,8 +139,59 @@ class Router:
         return self._handles[model]
 
 
+class UpscalerRoute:
+    """The way to the upscaler's replicas, for the gateway and for the replicas of models. It asks once more where a
+    replica died: the same picture comes of it."""
+
+    def __init__(self, states: "_States | None" = None):
+        self._states = states or _States()
+        self._handle: Any = None
+
+    async def upscale(
+        self,
+        picture: bytes,
+        wanted: Upscale,
+        format: ImageFormat,
+        text: Mapping[str, str] | None = None,
+        attempts: int = ATTEMPTS,
+    ) -> Upscaled:
+        """The encoded picture, enlarged, in that format and with these texts in it."""
+        try:
+            answer = await self._attempt(picture, wanted, format, text)
+        except RayActorError as death:
+            if attempts > 1:
+                return await self.upscale(picture, wanted, format, text, attempts - 1)
+            raise GenerationFailed(
+                "replica_lost", "the upscaler died while it worked on the picture; send it again"
+            ) from death
+        if isinstance(answer, Failed):
+            raise answer.error
+        return answer
+
+    async def _attempt(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None
+    ) -> Upscaled | Failed:
+        state = await self._states.of_application(UPSCALER_APPLICATION)
+        if state in ("missing", "failed"):
+            self._handle = None
+            raise _unavailable("the upscaler", state)
+        if self._handle is None:
+            make = partial(serve.get_deployment_handle, UPSCALER_DEPLOYMENT, app_name=UPSCALER_APPLICATION)
+            handle = await asyncio.get_running_loop().run_in_executor(None, make)
+            self._handle = self._handle or handle
+        response = self._handle.upscale.remote(picture, wanted, format, text)
+        try:
+            return await response
+        except RayActorError:
+            raise
+        except (RayError, RayServeException) as fault:
+            raise _typed(fault, "the upscaler") from fault
+        finally:
+            response.cancel()
+
+
 class _States:
-    """What Serve says of each model, asked at most once a second: its controller is one busy process.
+    """What Serve says of each application, asked at most once a second: its controller is one busy process.
 
     Nobody waits long for the answer: a controller that is being replaced is silent, and replicas work without it.
     """
@@ -140,12 +202,15 @@ class _States:
         self._asking: asyncio.Task[None] | None = None
 
     async def of(self, model: str) -> ModelState:
+        return await self.of_application(MODEL_APPLICATION.format(name=model))
+
+    async def of_application(self, name: str) -> ModelState:
         if self._asking is None and time.monotonic() - self._asked_at >= STATUS_AGE_S:
             # A clean context: the answer is for everybody, so it must not be cancelled with one request.
             self._asking = asyncio.get_running_loop().create_task(self._ask(), context=contextvars.Context())
         if self._asking is not None:
             await asyncio.wait({self._asking}, timeout=STATUS_PATIENCE_S if self._known else STATUS_TIMEOUT_S)
-        return self._known.get(MODEL_APPLICATION.format(name=model), "missing")
+        return self._known.get(name, "missing")
 
     async def _ask(self) -> None:
         try:
@@ -158,7 +223,7 @@ class _States:
 
 
 def _state(overview: Any) -> ModelState:
-    deployment = overview.deployments.get(MODEL_DEPLOYMENT)
+    deployment = next(iter(overview.deployments.values()), None)  # each application has one
     replicas = deployment.replica_states if deployment else {}
     if replicas.get("RUNNING"):
         return "ready"
@@ -177,17 +242,17 @@ def _is_repeated(event: ReplicaEvent, delivered: set[int], attempt: int) -> bool
     return not isinstance(event, Failed) and event.index in delivered
 
 
-def _unavailable(model: str, state: str) -> GenerationFailed:
+def _unavailable(what: str, state: str) -> GenerationFailed:
     why = "its application is not deployed" if state == "missing" else "it failed to start; see `serve status`"
-    return GenerationFailed("replica_lost", f"model {model} does not run at the moment: {why}")
+    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}")
 
 
-def _typed(fault: Exception, model: str) -> HeliographError:
+def _typed(fault: Exception, what: str) -> HeliographError:
     """One of our errors for one of Ray's."""
     if isinstance(fault, RayTaskError) and isinstance(fault.cause, HeliographError):
         return fault.cause
     if isinstance(fault, BackPressureError):
-        return Overloaded(BACKPRESSURE_RETRY_S, f"too many requests wait for model {model}")
+        return Overloaded(BACKPRESSURE_RETRY_S, f"too many requests wait for {what}")
     if isinstance(fault, DeploymentUnavailableError):
-        return _unavailable(model, "failed")
-    return GenerationFailed("engine_fault", f"the replica of model {model} failed on the request; send it again")
+        return _unavailable(what, "failed")
+    return GenerationFailed("engine_fault", f"the replica of {what} failed on the request; send it again")

@@ -5,14 +5,17 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.events import Admitted, Ending, ModelState, ReplicaEvent
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from models.card import ModelCard
 from models.errors import GenerationFailed, NotFound
 from models.events import Failed, Finished, Progress, Timings
+from models.images import ImageFormat
+from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
+from models.upscaler_card import UpscalerCard
 
 _ID = re.compile("[0-9a-f]{32}")
 
@@ -25,6 +28,8 @@ class Router(Protocol):
     async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
+
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +107,18 @@ class Service:
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: tuple[AdapterDescription, ...] = ()
+        self._upscaler: UpscalerCard | None = None
 
     def offer(
-        self, cards: dict[str, ModelCard], default_model: str, adapters: Iterable[AdapterDescription] = ()
+        self,
+        cards: dict[str, ModelCard],
+        default_model: str,
+        adapters: Iterable[AdapterDescription] = (),
+        upscaler: UpscalerCard | None = None,
     ) -> None:
-        """Replaces the models and adapters on offer; requests under way are not touched."""
+        """Replaces what is on offer; requests under way are not touched."""
         self._cards, self._default_model, self._adapters = dict(cards), default_model, tuple(adapters)
+        self._upscaler = upscaler
 
     @property
     def default_model(self) -> str:
@@ -131,7 +142,7 @@ class Service:
     async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = request.resolve(self.card(request.model))
+        effective = self._with_upscaler(request.resolve(self.card(request.model)))
         images: dict[int, Finished] = {}
         async with aclosing(self._router.generate(effective, progress, id)) as events:
             async for event in events:
@@ -158,6 +169,27 @@ class Service:
             total_s=time.monotonic() - started,
         )
 
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
+        """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
+        return await self._router.upscale(picture, self.upscaler.resolve(wanted), format)
+
+    @property
+    def upscaler(self) -> UpscalerCard:
+        """What the upscaler can do. Raises NotFound where there is none."""
+        if self._upscaler is None:
+            raise NotFound("this server has no upscaler")
+        return self._upscaler
+
+    def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
+        """The request with its upscaler named; what could not be enlarged in the end is refused before it is drawn."""
+        if request.upscale is None:
+            return request
+        upscale = self.upscaler.resolve(request.upscale, "upscale.")
+        if request.mask_region == "whole":  # else the picture has another size than what is drawn
+            self.upscaler.check_input(*request.largest, "width")
+            self.upscaler.enlarged(*request.largest, upscale.scale, "upscale.")
+        return replace(request, upscale=upscale)
+
     async def models(self) -> list[ModelDescription]:
         """Every model on offer."""
         return [await self.model(name) for name in self._cards]
@@ -169,7 +201,9 @@ class Service:
 
     def adapters(self) -> tuple[AdapterDescription, ...]:
         """What requests may name beside a model."""
-        return self._adapters
+        upscalers = self._upscaler.names if self._upscaler else ()
+        models = tuple(self._cards)
+        return (*self._adapters, *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
 
     async def accept(self, id: str) -> None:
         """Ends a running request with what its next step expects of each picture. Raises NotFound."""

@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from models.card import ModelCard
+from models.upscaler_card import LANCZOS, UpscalerCard
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; the router finds it by this name
 MODEL_DEPLOYMENT = "Model"
+UPSCALER_APPLICATION = "upscaler"
+UPSCALER_DEPLOYMENT = "Upscaler"
 
 # What `heliograph serve` sets before it imports Ray, unless it is set already. Token authentication because Ray's
 # dashboard runs code for whoever reaches it (CVE-2023-48022); frequent pushes because the autoscaler is blind between.
@@ -74,9 +77,8 @@ class ModelSettings(Strict):
 
     @property
     def located_source(self) -> str:
-        """The source, with a folder that ships with the project found from whatever directory a worker starts in."""
-        shipped = PROJECT / self.source
-        return str(shipped) if not Path(self.source).exists() and shipped.exists() else self.source
+        """The source, as `located` finds it."""
+        return located(self.source)
 
     @property
     def application(self) -> str:
@@ -89,6 +91,42 @@ class ModelSettings(Strict):
         return ModelCard.read(self.name, self.family, self.located_source, defaults)
 
 
+class UpscalerSettings(Strict):
+    """The upscalers: checkpoints by name (`lanczos` is there anyway), where they run, how much may come in and out."""
+
+    models: dict[Name, str] = Field(default_factory=dict, description="name -> .safetensors file")
+    default_model: Name = LANCZOS
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    tile: int = Field(default=256, ge=128, le=4096, multiple_of=8, description="pixels a side that a network sees")
+    threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
+    max_waiting: int = Field(default=16, ge=1, description="pictures that may wait before new ones get 429")
+    max_input_pixels: int = Field(default=UpscalerCard.max_input_pixels, ge=1)
+    max_output_pixels: int = Field(default=UpscalerCard.max_output_pixels, ge=1)
+
+    @model_validator(mode="after")
+    def _names_are_right(self) -> Self:
+        if LANCZOS in self.models:
+            raise ValueError(f"{LANCZOS} needs no file and cannot be another upscaler's name")
+        if self.default_model not in (LANCZOS, *self.models):
+            raise ValueError(f"default_model must be one of {LANCZOS}, {', '.join(self.models)}")
+        return self
+
+    @property
+    def located_models(self) -> dict[str, str]:
+        """The checkpoints by name, each as `located` finds it."""
+        return {name: located(source) for name, source in self.models.items()}
+
+    def card(self) -> UpscalerCard:
+        """What the upscalers take and give, told without torch."""
+        return UpscalerCard(
+            names=(LANCZOS, *self.models),
+            default=self.default_model,
+            max_input_pixels=self.max_input_pixels,
+            max_output_pixels=self.max_output_pixels,
+        )
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
@@ -98,10 +136,11 @@ class GatewaySettings(Strict):
 
 
 class CatalogueSettings(Strict):
-    """The models the gateway knows. Arrives as `user_config`, so Serve changes it in place."""
+    """The models and the upscaler the gateway knows. Arrives as `user_config`, so Serve changes it in place."""
 
     models: tuple[ModelSettings, ...] = Field(min_length=1)
     default_model: Name
+    upscaler: UpscalerSettings | None = None
 
     @model_validator(mode="after")
     def _names_are_right(self) -> Self:
@@ -115,6 +154,12 @@ class CatalogueSettings(Strict):
     def cards(self) -> dict[str, ModelCard]:
         """The models' cards by name, in the order of the file."""
         return {model.name: model.card() for model in self.models}
+
+
+def located(source: str) -> str:
+    """A source, with what ships with the project found from whatever directory a worker starts in."""
+    shipped = PROJECT / source
+    return str(shipped) if not Path(source).exists() and shipped.exists() else source
 
 
 def set_ray_environment() -> None:

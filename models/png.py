@@ -17,9 +17,9 @@ _MAX_CHUNKS = 100_000  # a picture of 64 megapixels in chunks of 8 KiB has a qua
 
 
 def write(array: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG of uint8 (height, width, 3), with each text under its keyword."""
-    height, width, _ = array.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    """A PNG of uint8 (height, width, 3), or 4 with alpha, with each text under its keyword."""
+    height, width, channels = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
     texts = [_text_chunk(keyword, value) for keyword, value in (text or {}).items()]
     return b"".join((SIGNATURE, _chunk(b"IHDR", header), *texts, _chunk(b"IDAT", _packed(array)), _chunk(b"IEND", b"")))
 

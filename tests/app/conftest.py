@@ -8,31 +8,35 @@ import numpy as np
 import pytest
 
 from app import ingress
-from app.events import Admitted, Ending, ModelState, ReplicaEvent
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
 from models.card import ModelCard
 from models.errors import Cancelled, HeliographError
 from models.events import Failed, Finished, Progress, Timings
-from models.images import encode
+from models.images import ImageFormat, Picture, encode
+from models.parts import Upscale
 from models.request import EffectiveRequest
+from models.upscaler_card import UpscalerCard
 
 CARDS = {
     name: ModelCard(name=name, family="sd", width=128, height=128, max_pixels=1024 * 1024) for name in ("sd15", "sdxl")
 }
-ADAPTERS = (
-    AdapterDescription(name="moon", kind="lora", models=("sd15",), base="sd15", sha256="ab" * 32, bytes=1234),
-    AdapterDescription(name="lanczos", kind="upscaler", models=("sd15", "sdxl")),
-)
+ADAPTERS = (AdapterDescription(name="moon", kind="lora", models=("sd15",), base="sd15", sha256="ab" * 32, bytes=1234),)
+UPSCALER = UpscalerCard(names=("lanczos", "2x"), default="2x", max_output_pixels=1024 * 1024)
 TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 
 
 class MemoryRouter:
-    """Draws the seed as a colour. `refusal` comes first, `failure` after a step; `gate` holds the pictures back
-    until somebody opens it, or ends a request."""
+    """Draws the seed as a colour, enlarges by Lanczos.
+
+    `refusal` comes first, `failure` after a step; `gate` holds the pictures back until somebody opens it, or ends a
+    request.
+    """
 
     def __init__(self):
         self.requests: list[EffectiveRequest] = []
+        self.upscales: list[Upscale] = []
         self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
         self.refusal: HeliographError | None = None
         self.failure: HeliographError | None = None
@@ -74,6 +78,19 @@ class MemoryRouter:
             del self.running[id]
             self.left += 1
 
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
+        self.upscales.append(wanted)
+        try:
+            if self.refusal:
+                raise self.refusal
+            await self.gate.wait()
+            small = Picture.from_bytes(picture)
+            large = small.resized(round(small.width * wanted.scale), round(small.height * wanted.scale))
+            data = encode(large.array(), format)
+            return Upscaled(data=data, format=format, width=large.width, height=large.height, model=str(wanted.model))
+        finally:
+            self.left += 1
+
     def _picture(self, request: EffectiveRequest, index: int) -> Finished:
         seed = request.seed + index
         array = np.full((request.height, request.width, 3), seed % 256, np.uint8)
@@ -98,7 +115,7 @@ def router() -> MemoryRouter:
 @pytest.fixture
 def service(router: MemoryRouter) -> Service:
     service = Service(router)
-    service.offer(CARDS, "sd15", ADAPTERS)
+    service.offer(CARDS, "sd15", ADAPTERS, UPSCALER)
     return service
 
 

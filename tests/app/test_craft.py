@@ -235,6 +235,8 @@ async def test_the_lists(client: httpx2.AsyncClient):
             {"name": "moon", "kind": "lora", "models": ["sd15"], "base": "sd15", "sha256": "ab" * 32, "bytes": 1234},
             {"name": "lanczos", "kind": "upscaler", "models": ["sd15", "sdxl"], "base": None, "sha256": None,
              "bytes": None},
+            {"name": "2x", "kind": "upscaler", "models": ["sd15", "sdxl"], "base": None, "sha256": None,
+             "bytes": None},
         ],
     }  # fmt: skip
     limits = (await client.get("/v1/models/sd15")).json()["limits"]

@@ -64,6 +64,15 @@ def test_the_gateway_offers_what_runs(raw: dict[str, Any], tmp_path: Path):
     assert "share them by a YAML anchor" in refusal(raw, tmp_path)
 
 
+def test_the_gateway_offers_the_upscaler_that_runs(raw: dict[str, Any], tmp_path: Path):
+    catalogue = raw["applications"][-1]["deployments"][0]["user_config"]
+    catalogue["upscaler"]["max_waiting"] = 3
+    assert "no application upscaler runs it" in refusal(raw, tmp_path)
+    del catalogue["upscaler"]
+    raw["applications"][-2]["name"] = "larger"
+    assert "named upscaler" in refusal(raw, tmp_path)
+
+
 def test_an_application_is_named_after_its_model(raw: dict[str, Any], tmp_path: Path):
     raw["applications"][0]["name"] = "pictures"
     assert "must be named model-sd15" in refusal(raw, tmp_path)

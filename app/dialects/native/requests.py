@@ -49,7 +49,7 @@ def inpaint(body: GenerateBody, default_model: str) -> GenerationRequest:
     request = to_request(body, default_model)
     if request.mask is not None:
         return request
-    mask = alpha_mask(_bytes(field, image), field)
+    mask = alpha_mask(encoded_bytes(field, image), field)
     if mask is None:
         raise InvalidRequest("mask", f"is required, white where to draw anew, unless `{field}` is transparent there")
     return replace(request, mask=mask)
@@ -125,8 +125,9 @@ def _control(index: int, use: dict[str, Any]) -> ControlUse:
 
 def _picture(field: str, encoded: str | bytes, background: Literal["white", "black"] = "white") -> Picture:
     """`background` is what transparent parts count as: in a mask, as kept."""
-    return Picture.from_bytes(_bytes(field, encoded), field, background)
+    return Picture.from_bytes(encoded_bytes(field, encoded), field, background)
 
 
-def _bytes(field: str, encoded: str | bytes) -> bytes:
+def encoded_bytes(field: str, encoded: str | bytes) -> bytes:
+    """A picture's bytes: as they came in a form, or out of base64. Raises InvalidRequest naming the field."""
     return encoded if isinstance(encoded, bytes) else wire.decode_base64(encoded, field)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from app import metadata, wire
-from app.dialects.native import answers, forms, requests
+from app.dialects.native import answers, forms, requests, upscale
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.service import Service
@@ -27,6 +27,7 @@ def routes(service: Service) -> APIRouter:
     router.include_router(metadata.routes(service, GenerateBody))
     _add_generate(router, service)
     _add_forms(router, service)
+    upscale.add(router, service)
     _add_lists(router, service)
     _add_requests(router, service)
     return router

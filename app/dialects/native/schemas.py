@@ -34,7 +34,7 @@ def body_schema(body: type[BaseModel], form: bool) -> dict[str, Any]:
     content = {JSON: {"schema": schema}}
     if form:
         properties = schema["properties"]
-        files = {name: _file(properties[name]["description"]) for name in _PICTURES}
+        files = {name: _file(properties[name]["description"]) for name in _PICTURES if name in properties}
         content[FORM] = {"schema": schema | {"properties": properties | files}}
     return {"requestBody": {"required": True, "content": content}}
 

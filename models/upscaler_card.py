@@ -1,0 +1,46 @@
+"""UpscalerCard: which upscalers there are, and what they take and give. No torch."""
+
+from dataclasses import dataclass
+
+from models import limits
+from models.errors import InvalidRequest, NotFound
+from models.parts import Upscale
+
+LANCZOS = "lanczos"  # always there, and needs no weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalerCard:
+    """The upscalers by name, the one that is used when none is named, the largest pictures in and out, in pixels."""
+
+    names: tuple[str, ...] = (LANCZOS,)
+    default: str = LANCZOS
+    max_input_pixels: int = 16 * 1024 * 1024
+    max_output_pixels: int = 64 * 1024 * 1024
+
+    def resolve(self, wanted: Upscale, prefix: str = "") -> Upscale:
+        """The same with the model's name filled in; `prefix` stands before the name of a field that is at fault.
+
+        Raises InvalidRequest for a scale out of range and NotFound listing the upscalers there are.
+        """
+        limits.UPSCALE.check(f"{prefix}scale", wanted.scale)
+        model = self.default if wanted.model is None else wanted.model
+        if model not in self.names:
+            raise NotFound(f"there is no upscaler {model!r}; the upscalers are: {', '.join(self.names)}")
+        return Upscale(scale=wanted.scale, model=model)
+
+    def check_input(self, width: int, height: int, field: str = "image") -> None:
+        """Raises InvalidRequest, naming `field`, for a picture that is too large to begin with."""
+        if width * height > self.max_input_pixels:
+            allowed = f"at most {self.max_input_pixels} pixels can be enlarged"
+            raise InvalidRequest(field, f"{width}x{height} is too large: {allowed}")
+
+    def enlarged(self, width: int, height: int, scale: float, prefix: str = "") -> tuple[int, int]:
+        """The size after enlargement: `scale` times each side, rounded. Raises InvalidRequest where it is too large."""
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        if size[0] * size[1] > self.max_output_pixels:
+            raise InvalidRequest(
+                f"{prefix}scale",
+                f"{scale:g} makes {size[0]}x{size[1]} of {width}x{height}; allowed: {self.max_output_pixels} pixels",
+            )
+        return size
