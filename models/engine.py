@@ -117,7 +117,7 @@ class Engine:
         with self._lock:
             for sequence in self._live:
                 if sequence.ticket == ticket_id:
-                    sequence.stop = min(sequence.stop, sequence.step + 1)
+                    sequence.stop = 1
 
     def load(self) -> Load:
         with self._lock:
