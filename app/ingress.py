@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import dialects
+from app.adapters import Shelf
 from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
@@ -47,7 +48,7 @@ class Gateway:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
-        self._service.offer(catalogue.cards(), catalogue.default_model, upscaler=upscaler)
+        self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
         self._readiness.warm_up()
 
 

@@ -154,6 +154,7 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
     import torch
 
     from models import families
+    from models.adapters.registered import Adapters
     from models.engine import Engine, host
 
     # Ray sets OMP_NUM_THREADS from num_cpus, which counts for placement only.
@@ -170,7 +171,10 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
             dtype=settings.dtype,
             offload=settings.offload,
         )
-        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting)
+        adapters = Adapters(
+            family, settings.located_adapters, settings.located_controlnets, preprocessors=settings.preprocessors
+        )
+        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting, adapters=adapters)
         if warm_up:
             engine.warm_up(settings.max_rows)
         return engine

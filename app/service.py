@@ -3,7 +3,7 @@
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -106,18 +106,18 @@ class Service:
         self._router = router
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
-        self._adapters: tuple[AdapterDescription, ...] = ()
+        self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
         self._upscaler: UpscalerCard | None = None
 
     def offer(
         self,
         cards: dict[str, ModelCard],
         default_model: str,
-        adapters: Iterable[AdapterDescription] = (),
+        adapters: Callable[[], Sequence[AdapterDescription]] = tuple,
         upscaler: UpscalerCard | None = None,
     ) -> None:
-        """Replaces what is on offer; requests under way are not touched."""
-        self._cards, self._default_model, self._adapters = dict(cards), default_model, tuple(adapters)
+        """Replaces what is on offer; requests under way are not touched. `adapters` is asked anew for each list."""
+        self._cards, self._default_model, self._adapters = dict(cards), default_model, adapters
         self._upscaler = upscaler
 
     @property
@@ -200,10 +200,10 @@ class Service:
         return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)
 
     def adapters(self) -> tuple[AdapterDescription, ...]:
-        """What requests may name beside a model."""
+        """What requests may name beside a model. Reads folders: not for an event loop."""
         upscalers = self._upscaler.names if self._upscaler else ()
         models = tuple(self._cards)
-        return (*self._adapters, *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
+        return (*self._adapters(), *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
 
     async def accept(self, id: str) -> None:
         """Ends a running request with the present estimate of each picture. Raises NotFound."""

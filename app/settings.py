@@ -73,7 +73,20 @@ class ModelSettings(Strict):
     threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
     max_waiting: int = Field(default=64, ge=1, description="pictures that may wait before new ones get 429")
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
+    adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
+    controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
+    preprocessors: dict[Name, str] = Field(default_factory=dict, description="name -> folder of the weights it needs")
     defaults: CardDefaults = CardDefaults()
+
+    @property
+    def located_adapters(self) -> Path | None:
+        """The folder of adapters, as `located` finds it."""
+        return None if self.adapters is None else Path(located(self.adapters))
+
+    @property
+    def located_controlnets(self) -> dict[str, str]:
+        """The ControlNets by name, each as `located` finds it."""
+        return {name: located(source) for name, source in self.controlnets.items()}
 
     @property
     def located_source(self) -> str:

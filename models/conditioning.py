@@ -14,38 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.errors import InvalidRequest
 from models.family import Conditioning, Embedding, Encoding, Family
-from models.prompt import Part, PromptReport, Text, parse
+from models.prompt import PromptReport
 from models.request import EffectiveRequest
-from models.tokens import Inversion, Loras, Wording, named
+from models.script import Run, Script, write
+from models.tokens import Inversion, Loras, Wording
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A phase as prompts see it: of each forward the number of its step, from 0; the size of what is drawn."""
-
-    steps: tuple[int, ...]
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Line:
-    """What one row is told: (first forward, wording) in order; and how strongly it pulls."""
-
-    field: str
-    timeline: tuple[tuple[int, Wording], ...]
-    weight: float = 1.0
-    zeros: bool = False  # in place of the embedding
-
-
-@dataclass(frozen=True)
-class Script:
-    """A picture's lines, the unconditional one first where there are several; (first forward, (width, height))."""
-
-    lines: tuple[Line, ...]
-    sizes: tuple[tuple[int, tuple[int, int]], ...]
 
 
 @dataclass(frozen=True)
@@ -98,29 +72,8 @@ class Conditioner:
         self._held = 0  # chunks
 
     def script(self, request: EffectiveRequest, runs: Sequence[Run] | None = None, loras: Loras = ()) -> Script:
-        """What a request's prompts say over the phases of its picture. Quick, and safe in any thread.
-
-        `loras` are those that are on the text encoders meanwhile.
-
-        Raises InvalidRequest for a prompt that cannot be read, or a textual inversion made for another model.
-        """
-        runs = runs or [Run(tuple(range(request.steps)), request.width, request.height)]
-        numbers, sizes, done = [], [], 0
-        for run in runs:
-            sizes.append((len(numbers), (run.width, run.height)))
-            numbers += [done + number for number in run.steps]
-            done += run.steps[-1] + 1 if run.steps else 0
-        steps = runs[0].steps[-1] + 1 if runs[0].steps else request.steps
-        parts = parse("prompt", request.prompt, request.prompt_syntax)
-        lines = [self._line(part, part.timeline(numbers, steps), loras, request.clip_skip) for part in parts]
-        if request.guided or len(lines) > 1:
-            [part] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
-            negative = self._line(
-                part, part.timeline(numbers, steps), loras
-            )  # clip skip is the prompt's, as in diffusers
-            zeros = self._family.zero_empty_negative and not request.negative_prompt
-            lines.insert(0, replace(negative, zeros=zeros))
-        return Script(tuple(lines), tuple(sizes))
+        """What a request's prompts say over the phases of its picture; see models.script. Safe in any thread."""
+        return write(self._family, self._inversions, request, runs, loras)
 
     def encode(self, scripts: Sequence[Script]) -> list[Encoded]:
         """Each script's rows. What is new of all of them is encoded together."""
@@ -131,24 +84,6 @@ class Conditioner:
             _, embedding = self._embeddings.popitem(last=False)
             self._held -= embedding.report.chunks
         return encoded
-
-    def _line(self, part: Part, timeline: Iterable[tuple[int, Text]], loras: Loras, clip_skip: int = 0) -> Line:
-        worded = [(first, Wording(text, clip_skip, self._named(part.field, text), loras)) for first, text in timeline]
-        return Line(part.field, tuple(worded), part.weight)
-
-    def _named(self, field: str, text: Text) -> tuple[tuple[str, Inversion], ...]:
-        if not self._inversions:
-            return ()
-        found = named(text, self._inversions)
-        for name, inversion in found.items():
-            widths = tuple(vectors.shape[-1] for vectors in inversion.vectors)
-            if widths != self._family.text_widths:
-                raise InvalidRequest(
-                    field,
-                    f"{name!r} was made for another base model: its embeddings are {_listed(widths)} wide, "
-                    f"those of this model's text encoders {_listed(self._family.text_widths)}",
-                )
-        return tuple(found.items())
 
     def _embed(self, wordings: Iterable[Wording]) -> None:
         missing = [wording for wording in wordings if wording not in self._embeddings]
@@ -202,7 +137,3 @@ def _at(timeline: Sequence[tuple[int, T]], position: int) -> T:
 def _zeros(embedding: Embedding) -> Embedding:
     pooled = None if embedding.pooled is None else torch.zeros_like(embedding.pooled)
     return replace(embedding, context=torch.zeros_like(embedding.context), pooled=pooled)
-
-
-def _listed(widths: Sequence[int]) -> str:
-    return " and ".join(map(str, widths))

@@ -8,11 +8,12 @@ import torch
 from models.adapters.controlnet import Control
 from models.adapters.lora import Mix
 from models.canvas import Canvas
-from models.conditioning import Row, Script
+from models.conditioning import Row
 from models.images import Picture
 from models.parts import Enlargement
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
+from models.script import Script
 from models.tapes import HISTORY, Tape
 
 SLOTS = 2 * HISTORY + 2

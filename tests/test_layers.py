@@ -16,7 +16,7 @@ import pytest
 HOUSE = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "app", "cluster", "bench")
 
-ENGINE = ("request", "tapes", "conditioning", "sequence", "preparation", "batcher", "denoiser", "delivery", "engine")
+ENGINE = ("request", "tapes", "conditioning", "sequence", "batcher", "denoiser", "engine")
 ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
 RAY_FILES = tuple(
     f"app.{name}"

@@ -17,6 +17,7 @@ from models.images import Picture
 
 NONE = "none"
 NAMES = (NONE, *sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_")))
+WEIGHTED = ("depth", "pose")  # those that need a model of their own
 _REMEMBERED = 16  # hints: a request's samples and phases ask for the same ones
 
 

@@ -115,7 +115,7 @@ def router() -> MemoryRouter:
 @pytest.fixture
 def service(router: MemoryRouter) -> Service:
     service = Service(router)
-    service.offer(CARDS, "sd15", ADAPTERS, UPSCALER)
+    service.offer(CARDS, "sd15", lambda: ADAPTERS, UPSCALER)
     return service
 
 

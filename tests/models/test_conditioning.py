@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from models.card import ModelCard
-from models.conditioning import Conditioner, Encoded, Row, Run, stack
+from models.conditioning import Conditioner, Encoded, Row, stack
 from models.encoders import emphasized
 from models.errors import InvalidRequest
 from models.family import Conditioning, takes_mask
 from models.request import EffectiveRequest, GenerationRequest
+from models.script import Run
 from models.tokens import CHUNKS, Chunk, Wording
 from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline
 

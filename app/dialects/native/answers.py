@@ -31,6 +31,7 @@ def from_result(result: GenerationResult) -> dict[str, Any]:
         "revision": result.revision,
         "images": [_image(image) for image in result.images],
         "parameters": parameters(result.request),
+        "prompts": {field: asdict(report) for field, report in result.images[0].prompts.items()},
         "timings": _timings(result.timings, result.total_s),
         "warnings": list(result.warnings),
     }

@@ -72,7 +72,8 @@ def _add_lists(router: APIRouter, service: Service) -> None:
 
     @router.get("/adapters", summary="The LoRAs, ControlNets, embeddings and upscalers, and the models they fit")
     async def adapters() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [answers.from_adapter(a) for a in service.adapters()]})
+        found = await asyncio.to_thread(service.adapters)
+        return JSONResponse({"object": "list", "data": [answers.from_adapter(a) for a in found]})
 
 
 def _add_requests(router: APIRouter, service: Service) -> None:

@@ -1,0 +1,95 @@
+"""What a picture's prompts say, to which row and when: planned before anything is encoded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from models.errors import InvalidRequest
+from models.family import Family
+from models.prompt import Part, Text, parse
+from models.request import EffectiveRequest
+from models.tokens import Inversion, Loras, Wording, named
+
+
+@dataclass(frozen=True)
+class Run:
+    """A phase as prompts see it: of each forward the number of its step, from 0; the size of what is drawn."""
+
+    steps: tuple[int, ...]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one row is told: (first forward, wording) in order; and how strongly it pulls."""
+
+    field: str
+    timeline: tuple[tuple[int, Wording], ...]
+    weight: float = 1.0
+    zeros: bool = False  # in place of the embedding
+
+
+@dataclass(frozen=True)
+class Script:
+    """A picture's lines, the unconditional one first where there are several; (first forward, (width, height))."""
+
+    lines: tuple[Line, ...]
+    sizes: tuple[tuple[int, tuple[int, int]], ...]
+
+
+def write(
+    family: Family,
+    inversions: Mapping[str, Inversion],
+    request: EffectiveRequest,
+    runs: Sequence[Run] | None = None,
+    loras: Loras = (),
+) -> Script:
+    """What a request's prompts say over the phases of its picture. Quick, and safe in any thread.
+
+    `inversions` are the textual inversions that prompts may use, `loras` those that are on the text encoders meanwhile.
+    Raises InvalidRequest for a prompt that cannot be read, or a textual inversion made for another model.
+    """
+    runs = runs or [Run(tuple(range(request.steps)), request.width, request.height)]
+    numbers, sizes, done = [], [], 0
+    for run in runs:
+        sizes.append((len(numbers), (run.width, run.height)))
+        numbers += [done + number for number in run.steps]
+        done += run.steps[-1] + 1 if run.steps else 0
+    steps = runs[0].steps[-1] + 1 if runs[0].steps else request.steps
+
+    def line(part: Part, clip_skip: int) -> Line:
+        timeline: Iterable[tuple[int, Text]] = part.timeline(numbers, steps)
+        worded = [
+            (first, Wording(text, clip_skip, _named(family, inversions, part.field, text), loras))
+            for first, text in timeline
+        ]
+        return Line(part.field, tuple(worded), part.weight)
+
+    lines = [line(part, request.clip_skip) for part in parse("prompt", request.prompt, request.prompt_syntax)]
+    if request.guided or len(lines) > 1:
+        [negative] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
+        zeros = family.zero_empty_negative and not request.negative_prompt
+        lines.insert(0, replace(line(negative, 0), zeros=zeros))  # clip skip is the prompt's, as in diffusers
+    return Script(tuple(lines), tuple(sizes))
+
+
+def _named(
+    family: Family, inversions: Mapping[str, Inversion], field: str, text: Text
+) -> tuple[tuple[str, Inversion], ...]:
+    """The inversions in a text, each checked against the text encoders."""
+    if not inversions:
+        return ()
+    found = named(text, inversions)
+    for name, inversion in found.items():
+        widths = tuple(vectors.shape[-1] for vectors in inversion.vectors)
+        if widths != family.text_widths:
+            raise InvalidRequest(
+                field,
+                f"{name!r} was made for another base model: its embeddings are {_listed(widths)} wide, "
+                f"those of this model's text encoders {_listed(family.text_widths)}",
+            )
+    return tuple(found.items())
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
