@@ -30,8 +30,8 @@ from models.embedded.world import Scene, training_scene
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTIONS = ("conv1", "conv2")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-PICTURES = 400  # of the concept, and as many ordinary ones, so that the model forgets nothing
-BATCH = 8  # rows of a step; every fourth shows an ordinary picture
+PICTURES = 400  # of the concept, and as many ordinary ones
+BATCH = 8  # rows of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Recipe:
     rank: int
     alpha: int
     kohya: bool
+    ordinary: int  # one row in so many shows an ordinary picture, so that the model forgets nothing
     steps: int
     learning_rate: float
 
@@ -60,6 +61,7 @@ RECIPES = {
             rank=4,
             alpha=4,
             kohya=True,
+            ordinary=4,
             steps=280,
             learning_rate=2e-3,
         ),
@@ -71,7 +73,8 @@ RECIPES = {
             rank=8,
             alpha=16,
             kohya=False,
-            steps=160,
+            ordinary=2,
+            steps=500,
             learning_rate=2e-3,
         ),
     )
@@ -118,7 +121,9 @@ def train_lora(recipe: Recipe, pipe: DiffusionPipeline, folder: Path, scale: flo
     pipe.unet.set_attn_processor(AttnProcessor())  # in bfloat16 on a CPU the fused attention is three times slower
 
     def loss(step: int, dice: Dice) -> Tensor:
-        chosen = [(known if row % 4 == 3 else new, int(dice.numpy.integers(count))) for row in range(BATCH)]
+        chosen = [
+            (known if row % recipe.ordinary == 0 else new, int(dice.numpy.integers(count))) for row in range(BATCH)
+        ]
         clean = torch.stack([lesson.latents[i] for lesson, i in chosen])
         captions = [lesson.caption(lesson.scenes[i], dice.numpy) for lesson, i in chosen]
         captions = ["" if dice.numpy.random() < EMPTY_SHARE else text for text in captions]
