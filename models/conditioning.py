@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from models.errors import InvalidRequest
 from models.family import Conditioning, Embedding, Encoding, Family
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
