@@ -154,8 +154,8 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
     import torch
 
     from models import families
-    from models.adapters.registered import Adapters
     from models.engine import Engine, host
+    from models.registered import Adapters
 
     # Ray sets OMP_NUM_THREADS from num_cpus, which counts for placement only.
     threads = settings.threads or cores()

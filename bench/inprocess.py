@@ -13,10 +13,10 @@ from bench.contender import Work
 from bench.pipeline import SOURCE
 from bench.workloads import MODEL
 from models import families
-from models.adapters.registered import Adapters
 from models.card import ModelCard
 from models.engine import Engine, host
 from models.events import Event, Failed, Finished
+from models.registered import Adapters
 from models.request import GenerationRequest
 
 MAX_WAITING = 100_000  # nobody is refused in a benchmark

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.adapters.registered import Adapters
 from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
@@ -22,6 +21,7 @@ from models.events import Event, Failed, Finished, Progress, Timings
 from models.family import Family
 from models.images import encode_preview
 from models.preparation import Preparation
+from models.registered import Adapters
 from models.request import GenerationRequest, warm_up_request
 from models.sequence import Sequence
 

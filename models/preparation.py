@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from models.adapters.registered import Adapters
 from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
 from models.family import Family
 from models.images import Picture
+from models.registered import Adapters
 from models.request import EffectiveRequest
 from models.script import Run
 from models.sequence import NEVER, Kept, Phase, Sequence

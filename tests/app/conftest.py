@@ -16,6 +16,7 @@ from models.errors import Cancelled, HeliographError
 from models.events import Failed, Finished, Progress, Timings
 from models.images import ImageFormat, Picture, encode
 from models.parts import Upscale
+from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.upscaler_card import UpscalerCard
 
@@ -103,6 +104,7 @@ class MemoryRouter:
             height=request.height,
             revision="abc",
             timings=TIMINGS,
+            prompts={"prompt": PromptReport(tokens=2, chunks=1, truncated="")},
             warnings=("prompt truncated",) if "truncate" in request.prompt else (),
         )
 

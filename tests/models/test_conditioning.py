@@ -26,9 +26,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._family, name)
 
-    def embed(self, wordings):
+    def embed(self, wordings, encoding):
         self.calls.append([said(wording) for wording in wordings])
-        return self._family.embed(wordings)
+        return self._family.embed(wordings, encoding)
 
 
 def said(wording: Wording) -> str:

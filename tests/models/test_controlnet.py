@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.adapters.controlnet import Control, ControlBatch, ControlNet, ControlNets
-from models.adapters.registered import Adapters
 from models.card import ModelCard
 from models.embedded.captions import plain_caption
 from models.embedded.controlnets.agreement import agreement, questions
@@ -26,6 +25,7 @@ from models.family import Conditioning
 from models.images import Picture
 from models.parts import ControlUse, Hires
 from models.preprocessors import preprocess
+from models.registered import Adapters
 from models.request import GenerationRequest
 from models.samplers import SAMPLERS
 from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline

@@ -14,7 +14,6 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from models.adapters.lora import LoraLayers, load
-from models.adapters.registered import Adapters
 from models.adapters.registry import Registry
 from models.embedded.concepts import CONCEPTS
 from models.embedded.lora import RECIPES
@@ -22,6 +21,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest, NotFound
 from models.loras import Loras
 from models.parts import AdapterUse
+from models.registered import Adapters
 from models.request import GenerationRequest
 from tests.models.conftest import folder, loaded_family, new_engine
 

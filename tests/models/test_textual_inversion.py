@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.adapters.registered import Adapters
 from models.adapters.textual_inversion import TextualInversion
 from models.errors import InvalidRequest
 from models.prompt import Span
+from models.registered import Adapters
 from models.request import GenerationRequest
 from models.tokens import Wording, cut, named
 from tests.models.conftest import folder, loaded_family, new_engine, pipeline
