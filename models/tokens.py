@@ -50,7 +50,7 @@ class Chunk:
     weights: list[float]
     vectors: dict[int, torch.Tensor]
     clip_skip: int
-    loras: Loras
+    loras: Loras = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The embedded models, loaded once for all tests: as engines, and as diffusers' own pipelines to compare with."""
 
 import io
+from contextlib import nullcontext
 from functools import cache
 
 import diffusers
@@ -36,6 +37,11 @@ def pipeline(name: str) -> diffusers.DiffusionPipeline:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def bare(rows: object) -> nullcontext[None]:
+    """An `encoding` for text encoders that nothing is put on."""
+    return nullcontext()
 
 
 def sketch() -> Picture:

@@ -11,7 +11,7 @@ from models.family import Conditioning, takes_mask
 from models.request import EffectiveRequest, GenerationRequest
 from models.script import Run
 from models.tokens import CHUNKS, Chunk, Wording
-from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline
+from tests.models.conftest import FAMILIES, bare, folder, loaded_family, pipeline
 
 LONG = "a large red circle on the left of a small blue square , " * 12  # 156 tokens, 3 chunks
 
@@ -225,6 +225,6 @@ def test_clip_skip_takes_an_earlier_layer_through_the_final_norm():
     with torch.no_grad():
         layers = encoder(ids, output_hidden_states=True).hidden_states
         expected = encoder.final_layer_norm(layers[-2])[0]
-    plain, skipped = loaded_family("sd15").embed([Wording.plain("a red circle", skip) for skip in (0, 1)])
+    plain, skipped = loaded_family("sd15").embed([Wording.plain("a red circle", skip) for skip in (0, 1)], bare)
     assert torch.allclose(skipped.context, expected, atol=1e-5)
     assert not torch.allclose(skipped.context, plain.context, atol=1e-2)

@@ -14,7 +14,7 @@ from models.prompt import Span
 from models.registered import Adapters
 from models.request import GenerationRequest
 from models.tokens import Wording, cut, named
-from tests.models.conftest import folder, loaded_family, new_engine, pipeline
+from tests.models.conftest import bare, folder, loaded_family, new_engine, pipeline
 from tests.models.test_parity import drawn
 
 
@@ -113,9 +113,9 @@ def test_both_encoders_of_sdxl_get_theirs(inversions):
 
 def test_it_leaves_no_trace(inversions):
     family = loaded_family("sd15")
-    before = family.embed([Wording.plain("a quux")])
-    family.embed([Wording(((Span("a quux"),),), inversions=(("quux", inversions["quux"]),))])
-    assert torch.equal(family.embed([Wording.plain("a quux")])[0].context, before[0].context)
+    before = family.embed([Wording.plain("a quux")], bare)
+    family.embed([Wording(((Span("a quux"),),), inversions=(("quux", inversions["quux"], bare),))])
+    assert torch.equal(family.embed([Wording.plain("a quux")], bare)[0].context, before[0].context)
     assert not family._text_encoder.get_input_embeddings()._forward_hooks
 
 
