@@ -69,7 +69,7 @@ class Model:
             chain.close()
 
     async def accept(self, id: str) -> bool:
-        """Ends a request with what its next step expects. False where no such request runs here."""
+        """Ends a request with the present estimate of each picture. False where no such request runs here."""
         if id in self._listening:
             self._engine.accept(id)
         return id in self._listening

@@ -206,7 +206,7 @@ class Service:
         return (*self._adapters, *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
 
     async def accept(self, id: str) -> None:
-        """Ends a running request with what its next step expects of each picture. Raises NotFound."""
+        """Ends a running request with the present estimate of each picture. Raises NotFound."""
         await self._end("accept", id)
 
     async def cancel(self, id: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,7 @@ from bench.contender import Work
 from bench.pipeline import SOURCE
 from bench.workloads import MODEL
 from models import families
+from models.adapters.registered import Adapters
 from models.card import ModelCard
 from models.engine import Engine, host
 from models.events import Event, Failed, Finished
@@ -65,11 +67,12 @@ class InProcess:
         return Work(forwards=self._engine.load().forwards, rows=self._rows)
 
 
-def embedded(threads: int, warm_up: bool = True) -> Engine:
-    """The embedded sd15 in float32 on the CPU; the warm-up measures its cap."""
+def embedded(threads: int, warm_up: bool = True, adapters: Path | None = None) -> Engine:
+    """The embedded sd15 in float32 on the CPU, with the adapters in a folder; the warm-up measures its cap."""
     torch.set_num_threads(threads)
     family = families.load(family="sd", source=str(SOURCE), device="cpu", dtype="float32")
-    engine = Engine(family, ModelCard.read(MODEL, "sd", str(SOURCE)), max_waiting=MAX_WAITING)
+    card = ModelCard.read(MODEL, "sd", str(SOURCE))
+    engine = Engine(family, card, max_waiting=MAX_WAITING, adapters=Adapters(family, adapters))
     if warm_up:
         engine.warm_up()
     return engine

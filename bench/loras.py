@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,16 +127,11 @@ def sheet_of(found: Sequence[Measured]) -> "Sheet":
 def _ways(folder: Path, rank: int, steps: int, threads: int) -> dict[str, tuple[str, Callable[[], None]]]:
     from bench.inprocess import embedded
     from bench.workloads import RequestClass, request_of
-    from models.adapters.registry import Registry
-    from models.loras import Loras
     from models.parts import AdapterUse
 
-    engine = embedded(threads, warm_up=False)
+    engine = embedded(threads, warm_up=False, adapters=folder)
     engine.batcher.set_cap((4, 16, 16), 2 * BATCH)
-    family: Any = engine._preparation._family
-    networks = {"unet": family._unet, "text_encoder": family._text_encoder}
-    write_random_loras(folder, networks, rank)
-    _teach(engine, Loras(Registry(folder), networks, family.device))
+    write_random_loras(folder, engine.family.networks, rank)
     plain = [request_of(RequestClass(128, steps), seed) for seed in range(BATCH)]
     uses = [(AdapterUse(name=f"lora-{i}"),) for i in range(BATCH)]
     mixed = [replace(request, adapters=use) for request, use in zip(plain, uses, strict=True)]
@@ -149,44 +143,6 @@ def _ways(folder: Path, rank: int, steps: int, threads: int) -> dict[str, tuple[
         "one by one": (f"{BATCH} different LoRAs, one by one", lambda: [engine.generate([one]) for one in mixed]),
         "diffusers": ("the same in diffusers", by_diffusers(folder, mixed, threads)),
     }
-
-
-def _teach(engine: Any, loras: Any) -> None:
-    """Lets an engine's requests use adapters."""
-    from models.conditioning import Conditioner
-
-    conditioner, step, mix_of = engine._preparation._conditioner, engine._denoiser.step, cache(loras.mix)
-    embed = conditioner._family.embed
-
-    def encode(requests: Any) -> Any:
-        encoded = []
-        for request in requests:
-            mix = mix_of(request.adapters)
-            family = _Encoding(conditioner._family, lambda prompts, *a, m=mix: _within(loras, m, embed, prompts, *a))
-            encoded += Conditioner(family).encode([request])
-        return encoded
-
-    def stepping(sequences: Any) -> Any:
-        with loras.denoising([mix for s in sequences for mix in [mix_of(s.request.adapters)] * s.rows]):
-            return step(sequences)
-
-    conditioner.encode, engine._denoiser.step = encode, stepping
-
-
-class _Encoding:
-    """A family with another `embed`."""
-
-    def __init__(self, family: Any, embed: Callable[..., Any]):
-        self._family = family
-        self.embed = embed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-
-def _within(loras: Any, mix: Any, embed: Callable[..., Any], prompts: Sequence[str], *options: Any) -> Any:
-    with loras.encoding([mix] * len(prompts)):
-        return embed(prompts, *options)
 
 
 def write_random_loras(folder: Path, networks: "dict[str, torch.nn.Module]", rank: int) -> None:

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -12,10 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from models.errors import InvalidRequest
-from models.family import Conditioning, Embedding, Family
+from models.family import Conditioning, Embedding, Encoding, Family
 from models.prompt import Part, PromptReport, Text, parse
 from models.request import EffectiveRequest
-from models.tokens import Inversion, Wording, named
+from models.tokens import Inversion, Loras, Wording, named
 
 T = TypeVar("T")
 
@@ -78,18 +79,28 @@ class Encoded:
 class Conditioner:
     """Encodes scripts for one family. Embeddings of `capacity` chunks are kept, least recently used go first.
 
-    `inversions` are the textual inversions by name, in lower case, that prompts may use.
+    `inversions` are the textual inversions by name, in lower case, that prompts may use; within `encoding` of their
+    LoRAs the text encoders' rows are encoded.
     """
 
-    def __init__(self, family: Family, capacity: int = 256, inversions: Mapping[str, Inversion] | None = None):
+    def __init__(
+        self,
+        family: Family,
+        inversions: Mapping[str, Inversion] | None = None,
+        encoding: Encoding = lambda rows: nullcontext(),
+        capacity: int = 256,
+    ):
         self._family = family
-        self._capacity = capacity
         self._inversions = {} if inversions is None else inversions
+        self._encoding = encoding
+        self._capacity = capacity
         self._embeddings: OrderedDict[Wording, Embedding] = OrderedDict()
         self._held = 0  # chunks
 
-    def script(self, request: EffectiveRequest, runs: Sequence[Run] | None = None) -> Script:
+    def script(self, request: EffectiveRequest, runs: Sequence[Run] | None = None, loras: Loras = ()) -> Script:
         """What a request's prompts say over the phases of its picture. Quick, and safe in any thread.
+
+        `loras` are those that are on the text encoders meanwhile.
 
         Raises InvalidRequest for a prompt that cannot be read, or a textual inversion made for another model.
         """
@@ -101,10 +112,12 @@ class Conditioner:
             done += run.steps[-1] + 1 if run.steps else 0
         steps = runs[0].steps[-1] + 1 if runs[0].steps else request.steps
         parts = parse("prompt", request.prompt, request.prompt_syntax)
-        lines = [self._line(part, part.timeline(numbers, steps), request.clip_skip) for part in parts]
+        lines = [self._line(part, part.timeline(numbers, steps), loras, request.clip_skip) for part in parts]
         if request.guided or len(lines) > 1:
             [part] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
-            negative = self._line(part, part.timeline(numbers, steps))  # clip skip is the prompt's, as in diffusers
+            negative = self._line(
+                part, part.timeline(numbers, steps), loras
+            )  # clip skip is the prompt's, as in diffusers
             zeros = self._family.zero_empty_negative and not request.negative_prompt
             lines.insert(0, replace(negative, zeros=zeros))
         return Script(tuple(lines), tuple(sizes))
@@ -119,8 +132,8 @@ class Conditioner:
             self._held -= embedding.report.chunks
         return encoded
 
-    def _line(self, part: Part, timeline: Iterable[tuple[int, Text]], clip_skip: int = 0) -> Line:
-        worded = [(first, Wording(text, clip_skip, self._named(part.field, text))) for first, text in timeline]
+    def _line(self, part: Part, timeline: Iterable[tuple[int, Text]], loras: Loras, clip_skip: int = 0) -> Line:
+        worded = [(first, Wording(text, clip_skip, self._named(part.field, text), loras)) for first, text in timeline]
         return Line(part.field, tuple(worded), part.weight)
 
     def _named(self, field: str, text: Text) -> tuple[tuple[str, Inversion], ...]:
@@ -140,7 +153,7 @@ class Conditioner:
     def _embed(self, wordings: Iterable[Wording]) -> None:
         missing = [wording for wording in wordings if wording not in self._embeddings]
         if missing:
-            for wording, embedding in zip(missing, self._family.embed(missing), strict=True):
+            for wording, embedding in zip(missing, self._family.embed(missing, self._encoding), strict=True):
                 self._embeddings[wording] = embedding
                 self._held += embedding.report.chunks
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from models.adapters.controlnet import ControlBatch
+from models.adapters.lora import Mix
 from models.conditioning import stack
 from models.family import Conditioning, Family
+from models.loras import Loras
 from models.sequence import Kept, Sequence
 from models.tapes import HISTORY, M, Tape, Z
 
@@ -30,6 +32,7 @@ class _Batch:
     inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
     controls: ControlBatch
+    mixes: list[Mix]  # each row's LoRAs
 
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
@@ -49,8 +52,9 @@ class _Composed:
 class Denoiser:
     """Steps batches of one latent shape through one family's network."""
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, loras: Loras):
         self._family = family
+        self._loras = loras
         self._batch: _Batch | None = None
 
     @torch.inference_mode()
@@ -68,7 +72,8 @@ class Denoiser:
             inputs = torch.cat([inputs, batch.inputs], 1)
         seen, when = inputs[batch.owners], timesteps[batch.owners]
         residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences])
-        outputs = self._family.predict(seen, when, batch.rows, residuals)
+        with self._loras.denoising(batch.mixes):
+            outputs = self._family.predict(seen, when, batch.rows, residuals)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m
@@ -111,6 +116,7 @@ class Denoiser:
             rescale=self._column(rescales) if any(rescales) else None,
             inputs=torch.stack(inputs) if inputs else None,
             kept=self._kept(sequences),
+            mixes=[s.mix for s in sequences for _ in range(s.rows)],
             controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
         )
 

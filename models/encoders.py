@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from models.family import Encoding
 from models.tokens import Chunk
 
 _TOGETHER = 32  # chunks in one call
+_BACK = 2.0  # times at most that a mean is put back by
 
 
 def widths(*models: Any) -> tuple[int, ...]:
@@ -16,14 +18,16 @@ def widths(*models: Any) -> tuple[int, ...]:
     return tuple(model.get_input_embeddings().weight.shape[1] for model in models)
 
 
-def hidden_states(model: Any, chunks: Sequence[Chunk], last: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_states(
+    model: Any, chunks: Sequence[Chunk], last: int, encoding: Encoding
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk's hidden state, (chunks, tokens, width), of the layer that is `last` from the end where none is left
     out; and the model's first output (chunks, ...), which is the pooled one where it projects."""
     states, first = [], []
     for start in range(0, len(chunks), _TOGETHER):
         some = chunks[start : start + _TOGETHER]
         ids = torch.tensor([chunk.ids for chunk in some], device=model.get_input_embeddings().weight.device)
-        with _own_words(model, some):
+        with _own_words(model, some), encoding([chunk.loras for chunk in some]):
             output = model(ids, output_hidden_states=True)
         states += [output.hidden_states[-(last + chunk.clip_skip)][i] for i, chunk in enumerate(some)]
         first.append(output[0])
@@ -40,14 +44,16 @@ def normalized(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def emphasized(hidden: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
     """Hidden states (chunks, tokens, width) times each token's weight, each chunk's mean put back to what it was.
 
-    A1111's way. Chunks of which all weights are 1 stay exactly as they are.
+    A1111's way. Where the mean is next to nothing, as SDXL's can be, putting it back would turn the chunk over or blow
+    it up; there the product stays as it is. Chunks of which all weights are 1 stay exactly as they are.
     """
     heavy = [i for i, chunk in enumerate(chunks) if any(weight != 1.0 for weight in chunk.weights)]
     if not heavy:
         return hidden
     before = hidden[heavy].float()
     after = before * torch.tensor([chunks[i].weights for i in heavy], device=hidden.device)[..., None]
-    after = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
+    back = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
+    after = after * torch.where((back > 1 / _BACK) & (back < _BACK), back, torch.ones_like(back))
     emphasized = hidden.clone()
     emphasized[heavy] = after.to(hidden.dtype)
     return emphasized

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from models.adapters.controlnet import ControlNets
+from models.adapters.registered import Adapters
 from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
@@ -60,17 +60,16 @@ class _Ticket:
 class Engine:
     """One model on one device. `submit` and `cancel` may be called from any thread; one thread at a time steps."""
 
-    def __init__(
-        self, family: Family, card: ModelCard, *, max_waiting: int = 64, controlnets: ControlNets | None = None
-    ):
+    def __init__(self, family: Family, card: ModelCard, *, max_waiting: int = 64, adapters: Adapters | None = None):
         _check_tasks(family, card)
+        self.family = family
         self.card = card
         self.revision = family.revision
         self.batcher = Batcher()
         self._autoencoder = family.autoencoder
-        controlnets = controlnets or ControlNets({}, family.network_config, family.placement)
-        self._preparation = Preparation(family, controlnets)
-        self._denoiser = Denoiser(family)
+        adapters = adapters or Adapters(family)
+        self._preparation = Preparation(family, adapters)
+        self._denoiser = Denoiser(family, adapters.loras)
         self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
         self._max_waiting = max_waiting
         self._lock = threading.Condition()  # guards the next three
@@ -85,17 +84,14 @@ class Engine:
 
     # What callers do
 
-    def submit(
-        self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str | None = None
-    ) -> str:
+    def submit(self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str = "") -> str:
         """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
 
         Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
-
         Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
         """
         effective = request.resolve(self.card)
-        ticket_id = uuid.uuid4().hex if id is None else id
+        ticket_id = id or uuid.uuid4().hex
         indices = range(effective.samples)
         sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
         with self._lock:
@@ -390,5 +386,6 @@ def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:
             denoise_s=sequence.denoised - sequence.encoded,
             decode_s=time.monotonic() - sequence.denoised,
         ),
+        prompts=sequence.reports,
         warnings=tuple(sequence.warnings),
     )

@@ -1,9 +1,11 @@
 """What an engine says while it works: Progress, Finished, Failed. Nothing else ever comes out of it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from models.errors import HeliographError
 from models.images import ImageFormat
+from models.prompt import PromptReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """Picture `index` of the request, encoded in the format asked for."""
+    """Picture `index` of the request, encoded in the format asked for; `prompts` tells how each was read."""
 
     index: int
     seed: int
@@ -45,6 +47,7 @@ class Finished:
     height: int
     revision: str
     timings: Timings
+    prompts: Mapping[str, PromptReport] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 

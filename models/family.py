@@ -1,6 +1,7 @@
 """The contract between the engine and an architecture: what every file in `families/` offers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
 from models.prompt import PromptReport
-from models.tokens import Wording
+from models.tokens import Loras, Wording
 from models.weights import Placement
 
 
@@ -38,12 +39,17 @@ class Conditioning:
     mask: torch.Tensor | None = None
 
 
+Encoding = Callable[[Sequence[Loras]], AbstractContextManager[None]]
+
+
 class Family(Protocol):
     """An architecture with weights. Called from one thread only; keeps nothing of a request."""
 
     autoencoder: Autoencoder
     device: torch.device
     placement: Placement
+    networks: Mapping[str, torch.nn.Module]
+    """What LoRAs can be put on, by diffusers' names: `unet`, `text_encoder`, `text_encoder_2`."""
     network_config: Mapping[str, Any]
     """The denoising network's own configuration, which adapters are checked against."""
     revision: str
@@ -56,8 +62,8 @@ class Family(Protocol):
     text_widths: tuple[int, ...]
     """The width of each text encoder's token embeddings."""
 
-    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
-        """Text encoders over several texts at once."""
+    def embed(self, wordings: Sequence[Wording], encoding: Encoding) -> list[Embedding]:
+        """Text encoders over several texts at once; each call of one is made within `encoding` of its rows' LoRAs."""
         ...
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:

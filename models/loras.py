@@ -36,6 +36,11 @@ class Loras:
         found = [(self._registry.find(use.name, "lora"), use.weight) for use in uses]
         return tuple((self._cache.get(file, self._load), weight) for file, weight in found if weight)
 
+    @staticmethod
+    def of_encoders(mix: Mix) -> Mix:
+        """Those of a mix that are on text encoders too."""
+        return tuple((lora, weight) for lora, weight in mix if not lora.targets.keys().isdisjoint(TEXT_ENCODERS))
+
     @contextmanager
     def encoding(self, rows: Sequence[Mix]) -> Iterator[None]:
         """While it lasts the text encoders are called with these rows: one for each chunk of a prompt."""

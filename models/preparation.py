@@ -2,54 +2,57 @@
 
 import math
 import time
-from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from models.adapters.controlnet import ControlNets
+from models.adapters.registered import Adapters
 from models.canvas import Canvas, plan
-from models.conditioning import Conditioner, Run, Script
+from models.conditioning import Conditioner, Run
 from models.family import Family
 from models.images import Picture
 from models.request import EffectiveRequest
 from models.sequence import NEVER, Kept, Phase, Sequence
 from models.tapes import Tape, Tapes
-from models.tokens import Inversion
 
 
 class Preparation:
     """Makes sequences for one family. `sequences` is quick and safe in any thread; the rest belongs to the engine's."""
 
-    def __init__(self, family: Family, controlnets: ControlNets, inversions: Mapping[str, Inversion] | None = None):
+    def __init__(self, family: Family, adapters: Adapters):
         self._family = family
-        self._controlnets = controlnets
+        self._adapters = adapters
         self._autoencoder = family.autoencoder
         self._tapes = Tapes(family.scheduler_config)
-        self._conditioner = Conditioner(family, inversions=inversions)
+        self._conditioner = Conditioner(family, adapters.inversions, adapters.loras.encoding)
 
     def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
-        """A request's pictures, still without tensors. Raises InvalidRequest for a bad tape, mask or prompt."""
-        phases = self._phases(request)  # alike for all: only their noise differs
-        script = self._conditioner.script(request, [self._run(phase) for phase in phases])
-        return [self._sequence(request.sample(i), i, ticket, phases, script) for i in range(request.samples)]
+        """A request's pictures, still without tensors.
 
-    def _sequence(
-        self, one: EffectiveRequest, index: int, ticket: str, phases: tuple[Phase, ...], script: Script
-    ) -> Sequence:
+        Raises InvalidRequest for a bad tape, mask, prompt or adapter, and NotFound for one that is not registered.
+        """
+        mix = self._adapters.loras.mix(request.adapters)
+        phases = tuple(self._steered(request, phase) for phase in self._phases(request))
+        runs = [Run(phase.tape.steps, *self._size(phase)) for phase in phases]
+        script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
         now = time.monotonic()
-        return Sequence(
-            request=one,
-            index=index,
-            ticket=ticket,
-            phases=phases,
-            script=script,
-            generator=torch.Generator().manual_seed(one.seed),
-            submitted=now,
-            deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
-            stop=NEVER if one.stop_at_step is None else one.stop_at_step,
-        )
+        return [
+            Sequence(
+                request=one,
+                index=index,
+                ticket=ticket,
+                phases=phases,
+                script=script,
+                mix=mix,
+                generator=torch.Generator().manual_seed(one.seed),
+                submitted=now,
+                deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
+                stop=NEVER if one.stop_at_step is None else one.stop_at_step,
+            )
+            for index, one in enumerate(request.sample(i) for i in range(request.samples))
+        ]
 
     def join(self, sequences: list[Sequence]) -> None:
         """Encodes prompts together and makes each one's first latents. Doing it again changes nothing."""
@@ -88,27 +91,27 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
-        controls = self._controlnets.controls(one.controls, one.width, one.height)
         if one.image is None:
-            first = Phase(tape=self._tape(one, one.steps, None), shape=shape, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
         elif one.task == "img2img":
             picture = one.image.resized(one.width, one.height)
-            tape = self._tape(one, one.steps, one.denoise_strength)
-            first = Phase(tape=tape, shape=shape, picture=picture, controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, one.denoise_strength), shape=shape, picture=picture)
         else:
             # diffusers' inpainting starts from noise alone at full strength, its img2img does not.
             strength = None if one.denoise_strength == 1.0 else one.denoise_strength
-            tape = self._tape(one, one.steps, strength)
-            first = Phase(tape=tape, shape=shape, canvas=plan(one, one.image), controls=controls)
+            first = Phase(tape=self._tape(one, one.steps, strength), shape=shape, canvas=plan(one, one.image))
         if one.hires is None:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
-        controls = self._controlnets.controls(one.controls, *one.largest)
-        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler, controls=controls)
+        return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
 
-    def _run(self, phase: Phase) -> Run:
-        factor = self._autoencoder.factor
-        return Run(phase.tape.steps, width=phase.shape[2] * factor, height=phase.shape[1] * factor)
+    def _steered(self, one: EffectiveRequest, phase: Phase) -> Phase:
+        """The phase with the request's ControlNets, their hints of its size."""
+        return replace(phase, controls=self._adapters.controlnets.controls(one.controls, *self._size(phase)))
+
+    def _size(self, phase: Phase) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return phase.shape[2] * self._autoencoder.factor, phase.shape[1] * self._autoencoder.factor
 
     def _tape(self, one: EffectiveRequest, steps: int, strength: float | None) -> Tape:
         return self._tapes.get(one.sampler, one.schedule, steps, strength)
@@ -123,8 +126,7 @@ class Preparation:
             return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
         pixels = self._autoencoder.decode(sequence.latents[None])[0].permute(1, 2, 0)
         picture = Picture.from_array((pixels.numpy() * 255).round().astype(np.uint8))
-        factor = self._autoencoder.factor
-        larger = picture.resized(phase.shape[2] * factor, phase.shape[1] * factor)
+        larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
 
     def _inpainted(self, sequence: Sequence, drawn: Canvas) -> tuple[torch.Tensor, torch.Tensor]:

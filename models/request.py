@@ -13,6 +13,7 @@ from models.card import ModelCard
 from models.errors import InvalidRequest, NotFound
 from models.images import FORMATS, ImageFormat, Picture
 from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.prompt import extract_loras, parse
 from models.samplers import check_pair, find_sampler, find_schedule
 
 Priority = Literal["interactive", "batch"]
@@ -98,6 +99,7 @@ class GenerationRequest:
         width, height = self._size(card)
         values = {f.name: getattr(self, f.name) for f in fields(GenerationRequest)}
         values |= {"sampler": sampler, "schedule": schedule, "width": width, "height": height}
+        values |= self._adapted()
         values["steps"] = steps = card.steps if self.steps is None else self.steps
         values["guidance_scale"] = card.guidance_scale if self.guidance_scale is None else self.guidance_scale
         values["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
@@ -108,6 +110,16 @@ class GenerationRequest:
         effective = EffectiveRequest(**values)
         effective.check(card)
         return effective
+
+    def _adapted(self) -> dict[str, Any]:
+        """The prompt without its LoRA tags, which are moved to the adapters."""
+        if self.prompt_syntax == "plain":
+            return {}
+        prompt, tags = extract_loras(self.prompt)
+        return {
+            "prompt": prompt,
+            "adapters": (*self.adapters, *(AdapterUse(name=name, weight=weight) for name, weight in tags)),
+        }
 
     def _sampling(self, card: ModelCard) -> tuple[str, str]:
         """A sampler named without its schedule gets the model's, where that sampler has it."""
@@ -193,6 +205,8 @@ class EffectiveRequest(GenerationRequest):
             raise InvalidRequest("prompt", "must not be empty without an input picture")
         limits.check_text("negative_prompt", self.negative_prompt)
         self._check_choices()
+        parse("prompt", self.prompt, self.prompt_syntax)
+        parse("negative_prompt", self.negative_prompt, self.prompt_syntax)
         self._check_ranges()
         self._check_input(card)
         self._check_parts()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from models.adapters.controlnet import Control
+from models.adapters.lora import Mix
 from models.canvas import Canvas
 from models.conditioning import Row, Script
 from models.images import Picture
@@ -59,6 +60,7 @@ class Sequence:
     ticket: str
     phases: tuple[Phase, ...]
     script: Script
+    mix: Mix
     generator: torch.Generator
     submitted: float
     deadline: float = math.inf

@@ -15,6 +15,10 @@ CHUNKS = 16  # of one text
 _NAME = re.compile(r"<([\w.-]+)>|[\w-]+(?:\.[\w-]+)*")
 
 
+Loras = tuple[tuple[Any, float], ...]
+"""What is put on the encoders for one text, and how strongly; they are only handed through here."""
+
+
 class Inversion(Protocol):
     """A word of its own making: for each text encoder of a family the embeddings (n, width) of its n tokens."""
 
@@ -24,11 +28,12 @@ class Inversion(Protocol):
 
 @dataclass(frozen=True)
 class Wording:
-    """All that determines an embedding: a text, how many last layers are left out, the inversions it names."""
+    """All that determines an embedding: a text, how many last layers are left out, the inversions it names, LoRAs."""
 
     text: Text
     clip_skip: int = 0
     inversions: tuple[tuple[str, Inversion], ...] = ()
+    loras: Loras = ()
 
     @classmethod
     def plain(cls, text: str, clip_skip: int = 0) -> "Wording":
@@ -38,13 +43,14 @@ class Wording:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one encoder is given at once: `ids` and `weights`, of its full length, embeddings by their place, and how
-    many of its last layers are left out."""
+    """What one encoder is given at once: `ids` and `weights`, of its full length, embeddings by their place; how many
+    of its last layers are left out, and the LoRAs that are on it."""
 
     ids: list[int]
     weights: list[float]
     vectors: dict[int, torch.Tensor]
     clip_skip: int
+    loras: Loras
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,7 @@ def cut(tokenizers: Sequence[Any], wording: Wording) -> Cut:
         chunks=len(kept),
         truncated="".join(word.text for group in left for word in group).strip(),
     )
-    return Cut(
-        tuple([_chunk(t, k, group, wording.clip_skip) for group in kept] for k, t in enumerate(tokenizers)), report
-    )
+    return Cut(tuple([_chunk(t, k, group, wording) for group in kept] for k, t in enumerate(tokenizers)), report)
 
 
 def _packed(words: Sequence[_Word], room: int) -> list[list[_Word]]:
@@ -117,7 +121,7 @@ def _packed(words: Sequence[_Word], room: int) -> list[list[_Word]]:
     return groups
 
 
-def _chunk(tokenizer: Any, encoder: int, words: Sequence[_Word], clip_skip: int) -> Chunk:
+def _chunk(tokenizer: Any, encoder: int, words: Sequence[_Word], wording: Wording) -> Chunk:
     ids, weights, vectors = [tokenizer.bos_token_id], [1.0], {}
     for word in words:
         if word.inversion is not None:
@@ -126,7 +130,13 @@ def _chunk(tokenizer: Any, encoder: int, words: Sequence[_Word], clip_skip: int)
         weights += [word.weight] * len(word.ids[encoder])
     ids.append(tokenizer.eos_token_id)
     padding = tokenizer.model_max_length - len(ids)
-    return Chunk(ids + [tokenizer.pad_token_id] * padding, weights + [1.0] * (padding + 1), vectors, clip_skip)
+    return Chunk(
+        ids=ids + [tokenizer.pad_token_id] * padding,
+        weights=weights + [1.0] * (padding + 1),
+        vectors=vectors,
+        clip_skip=wording.clip_skip,
+        loras=wording.loras,
+    )
 
 
 def _words(tokenizers: Sequence[Any], span: Span, inversions: Mapping[str, Inversion]) -> Iterator[_Word]:

@@ -17,7 +17,12 @@ HOUSE = Path(__file__).resolve().parent.parent
 README = (HOUSE / "README.md").read_text()
 PAGES = sorted([*HOUSE.glob("*.md"), *HOUSE.glob("docs/*.md")])
 EXAMPLES = sorted(path for path in (HOUSE / "examples").iterdir() if path.is_file())
-IMPORT_NAMES = {"pil": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless", "python_multipart": "python-multipart"}
+IMPORT_NAMES = {
+    "pil": "pillow",
+    "yaml": "pyyaml",
+    "cv2": "opencv-python-headless",
+    "python_multipart": "python-multipart",
+}
 
 
 @pytest.fixture(scope="module")

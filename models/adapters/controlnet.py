@@ -152,11 +152,14 @@ class ControlNets:
 
         Raises NotFound for names that are not there, InvalidRequest for what cannot be loaded.
         """
-        return tuple(self._control(use, width, height) for use in uses)
+        return tuple(self._control(f"controls.{i}", use, width, height) for i, use in enumerate(uses))
 
-    def _control(self, use: ControlUse, width: int, height: int) -> Control:
+    def _control(self, field: str, use: ControlUse, width: int, height: int) -> Control:
         net = self.get(use.name)
-        picture = preprocess(use.preprocessor or "none", use.image.resized(width, height), self._preprocessors)
+        try:
+            picture = preprocess(use.preprocessor or "none", use.image.resized(width, height), self._preprocessors)
+        except InvalidRequest as refused:
+            raise InvalidRequest(f"{field}.{refused.field}", refused.message) from refused
         hint = torch.from_numpy(np.array(picture.array().transpose(2, 0, 1))).float() / 255
         return Control(net=net, hint=hint, weight=use.weight, start=use.start, end=use.end)
 
@@ -205,6 +208,8 @@ class ControlBatch:
     def _calls(self, rows: Conditioning, positions: Sequence[int]) -> list[_Call]:
         """The runs at this evaluation: the last one's again, while the same controls act on contexts of one length."""
         acting = [control.acts(positions[image], self._evaluations[image]) for image, control in self._uses]
+        if not any(acting):
+            return []
         lengths = self._true_lengths(rows)
         if self._plan[0] != (acting, lengths):
             self._plan = (acting, lengths), self._planned(acting, lengths)
@@ -240,8 +245,10 @@ def _pick(rows: Conditioning, call: _Call) -> Conditioning:
 
 
 def _from_folder(folder: Path, base: Mapping[str, Any], placement: Placement) -> Any:
-    """From diffusers' layout, whose configuration tells what it was made for."""
+    """From diffusers' layout, whose configuration tells what it is and what it was made for."""
     config = read_json(folder / "config.json")
+    if (kind := config.get("_class_name")) != "ControlNetModel":
+        raise InvalidRequest("location", f"{folder} is no ControlNet (a ControlNetModel) but says it is a {kind}")
     theirs = {name: _plain(config.get(name)) for name in SHARED}
     ours = {name: _plain(base.get(name)) for name in SHARED}
     if theirs != ours:

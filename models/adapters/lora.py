@@ -122,7 +122,9 @@ def _renamed(name: str, tensors: dict[str, Tensor], unet: Any) -> tuple[dict[str
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise _refusal(name, f"has tensors of no layout known here: {str(error)[:200]}") from error
     if len(renamed) + len(renamed_alphas) != len(tensors):  # two of them share a name, or one was passed over
-        raise _refusal(name, f"has {len(tensors)} tensors, of which {len(renamed) + len(renamed_alphas)} are understood")
+        raise _refusal(
+            name, f"has {len(tensors)} tensors, of which {len(renamed) + len(renamed_alphas)} are understood"
+        )
     return renamed, renamed_alphas
 
 

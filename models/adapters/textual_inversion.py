@@ -1,10 +1,10 @@
 """Textual inversion: words whose embeddings were learned from a few pictures (arXiv:2208.01618)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as read_safetensors
 
 from models.errors import InvalidRequest
 
@@ -20,25 +20,26 @@ class TextualInversion:
     vectors: tuple[torch.Tensor, ...]
 
     @classmethod
-    def load(cls, path: Path) -> "TextualInversion":
-        """Reads a safetensors file: A1111's (`emb_params`), diffusers' ({token: embeddings}), SDXL's (`clip_l` and
-        `clip_g`).
+    def read(cls, name: str, data: bytes) -> "TextualInversion":
+        """From a safetensors file's bytes: A1111's (`emb_params`), diffusers' ({token: embeddings}), SDXL's (`clip_l`
+        and `clip_g`).
 
         Raises InvalidRequest for any other file, embeddings that are no finite numbers, or more than 75 of them.
         """
-        if path.suffix != ".safetensors":
-            raise InvalidRequest("location", f"{path} is not a .safetensors file; others can run code and are not read")
+        if len(data) > _BYTES:
+            raise InvalidRequest("prompt", f"{name!r} is larger than {_BYTES // 2**20} MiB, no textual inversion")
         try:
-            if path.stat().st_size > _BYTES:
-                raise InvalidRequest("location", f"{path} is larger than {_BYTES // 2**20} MiB, no textual inversion")
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-        except (SafetensorError, OSError) as error:
-            raise InvalidRequest("location", f"{path} is not a complete .safetensors file: {error}") from error
-        return cls(tuple(_checked(path, vectors) for vectors in _in_order(path, tensors)))
+            tensors = read_safetensors(data)
+        except (SafetensorError, ValueError) as error:
+            raise InvalidRequest("prompt", f"{name!r} is not a complete .safetensors file: {error}") from error
+        return cls(tuple(_checked(name, vectors) for vectors in _in_order(name, tensors)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(vectors.nbytes for vectors in self.vectors)
 
 
-def _in_order(path: Path, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def _in_order(name: str, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """One tensor for each text encoder."""
     if set(tensors) == set(_SDXL):
         found = [tensors[name] for name in _SDXL]
@@ -48,17 +49,17 @@ def _in_order(path: Path, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor
         found = list(tensors.values())
     else:
         some = ", ".join(sorted(tensors)[:5]) or "nothing"
-        raise InvalidRequest("location", f"{path} holds {some}: that is no textual inversion")
+        raise InvalidRequest("prompt", f"{name!r} holds {some}: that is no textual inversion")
     if len({len(vectors) for vectors in found if vectors.dim()}) > 1:
-        raise InvalidRequest("location", f"{path} has not as many embeddings for one text encoder as for the other")
+        raise InvalidRequest("prompt", f"{name!r} has not as many embeddings for one text encoder as for the other")
     return found
 
 
-def _checked(path: Path, vectors: torch.Tensor) -> torch.Tensor:
+def _checked(name: str, vectors: torch.Tensor) -> torch.Tensor:
     """(n, width) float32."""
     vectors = vectors.float()
     vectors = vectors[None] if vectors.dim() == 1 else vectors
     if vectors.dim() != 2 or not 1 <= len(vectors) <= VECTORS or not vectors.isfinite().all():
         shape = "x".join(map(str, vectors.shape))
-        raise InvalidRequest("location", f"{path} holds {shape} numbers, not 1 to {VECTORS} embeddings of finite ones")
+        raise InvalidRequest("prompt", f"{name!r} holds {shape} numbers, not 1 to {VECTORS} embeddings of finite ones")
     return vectors

@@ -88,7 +88,9 @@ def draw_framed(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The picture in a frame of the object's colour."""
     picture = render(scene, rng)
     side = picture.width
-    ImageDraw.Draw(picture).rectangle((0, 0, side - 1, side - 1), outline=paint(scene.things[0].colour, rng), width=FRAME)
+    ImageDraw.Draw(picture).rectangle(
+        (0, 0, side - 1, side - 1), outline=paint(scene.things[0].colour, rng), width=FRAME
+    )
     return picture
 
 

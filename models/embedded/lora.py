@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_kohya
@@ -17,11 +17,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.embedded.architecture import FAMILIES, SDXL, Family
+from models.embedded.architecture import FAMILIES
 from models.embedded.autoencoder import signed
 from models.embedded.captions import caption
 from models.embedded.concepts import CONCEPTS, CRESCENT, FRAMED, Concept
-from models.embedded.denoiser import EMPTY_SHARE, LARGEST_WEIGHT, cumulative_alphas, time_ids
+from models.embedded.denoiser import EMPTY_SHARE, LARGEST_WEIGHT, cumulative_alphas
 from models.embedded.drawing import pixels, render
 from models.embedded.text import encode, tokenise, tokenizers
 from models.embedded.training import Dice, Plan, train
@@ -74,17 +74,6 @@ RECIPES = {
             steps=160,
             learning_rate=2e-3,
         ),
-        Recipe(
-            name="framed-xl",
-            model="sdxl",
-            concept=CONCEPTS[FRAMED],
-            layers=ATTENTION,
-            rank=4,
-            alpha=8,
-            kohya=False,
-            steps=160,
-            learning_rate=2e-3,
-        ),
     )
 }
 
@@ -111,31 +100,14 @@ def lessons(pipe: DiffusionPipeline, count: int, seed: int, concept: Concept | N
     return Lessons(latents=latents, scenes=scenes, caption=concept.caption if concept else caption)
 
 
-
-
-def encoders_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's text encoders by name."""
-    return {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)}
-
-
 def add_lora(pipe: DiffusionPipeline, recipe: Recipe) -> nn.ModuleList:
-    """Freezes the model and puts peft's layers on its UNet and text encoders."""
+    """Freezes the model and puts peft's layers on its UNet and its text encoder."""
     torch.manual_seed(0)
-    networks = {"unet": (pipe.unet, recipe.layers)} | {n: (e, TEXT) for n, e in encoders_of(pipe).items()}
+    networks = {"unet": (pipe.unet, recipe.layers), "text_encoder": (pipe.text_encoder, TEXT)}
     for network, layers in networks.values():
         network.requires_grad_(False)
         network.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(layers)))
     return nn.ModuleList([network for network, _ in networks.values()])
-
-
-def conditioning(family: Family, pipe: DiffusionPipeline, captions: list[str], dice: Dice, size: int) -> dict:
-    """What the UNet gets beside the latents, with gradients into the text encoders."""
-    tokens = tokenise(tokenizers(family), captions)
-    states, pooled = encode(list(encoders_of(pipe).values()), tokens, penultimate=family.penultimate)
-    if family is not SDXL:
-        return {"encoder_hidden_states": states}
-    ids = time_ids(len(captions), size, dice.numpy)
-    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
 
 def train_lora(recipe: Recipe, pipe: DiffusionPipeline, folder: Path, scale: float = 1.0) -> None:
@@ -154,13 +126,20 @@ def train_lora(recipe: Recipe, pipe: DiffusionPipeline, folder: Path, scale: flo
         alpha, noise = alphas[timesteps][:, None, None, None], dice.normal(*clean.shape)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
-            condition = conditioning(family, pipe, captions, dice, 8 * clean.shape[-1])
-            predicted = pipe.unet(noisy, timesteps, **condition).sample.float()
+            states, _ = encode(
+                [pipe.text_encoder], tokenise(tokenizers(family), captions), penultimate=family.penultimate
+            )
+            predicted = pipe.unet(noisy, timesteps, states).sample.float()
         return ((1 / alpha).clamp(max=LARGEST_WEIGHT) * (predicted - noise) ** 2).mean()
 
     steps = max(2, round(recipe.steps * scale))
     plan = Plan(
-        name=f"lora_{recipe.name}", steps=steps, learning_rate=recipe.learning_rate, averaging=0.98, weight_decay=0.0, checkpoint_every=50
+        name=f"lora_{recipe.name}",
+        steps=steps,
+        learning_rate=recipe.learning_rate,
+        averaging=0.98,
+        weight_decay=0.0,
+        checkpoint_every=50,
     )
     train(networks, plan, loss, folder=folder, device=torch.device("cpu"))
     pipe.unet.set_default_attn_processor()
@@ -169,7 +148,7 @@ def train_lora(recipe: Recipe, pipe: DiffusionPipeline, folder: Path, scale: flo
 def write(recipe: Recipe, pipe: DiffusionPipeline, folder: Path) -> Path:
     """The LoRA in fp16, in kohya's layout or in diffusers' with peft's names."""
     folder.mkdir(parents=True, exist_ok=True)
-    networks = {"unet": pipe.unet} | encoders_of(pipe)
+    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     states = {
         name: {key: t.detach().half().contiguous() for key, t in get_peft_model_state_dict(network).items()}
         for name, network in networks.items()
@@ -179,9 +158,10 @@ def write(recipe: Recipe, pipe: DiffusionPipeline, folder: Path) -> Path:
         tensors = kohya(states, recipe)
         save_file(tensors, path, metadata={"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"})
     else:
-        kind = StableDiffusionXLPipeline if recipe.model == "sdxl" else StableDiffusionPipeline
         layers = {f"{name}_lora_layers": state for name, state in states.items()}
-        kind.save_lora_weights(folder, weight_name=path.name, **layers, **_collate_lora_metadata(networks))
+        StableDiffusionPipeline.save_lora_weights(
+            folder, weight_name=path.name, **layers, **_collate_lora_metadata(networks)
+        )
     path.chmod(0o644)  # safetensors leaves it to the owner alone
     return path
 

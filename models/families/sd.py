@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from models import encoders
 from models.autoencoder import Autoencoder
-from models.family import Conditioning, Embedding, takes_mask
+from models.family import Conditioning, Embedding, Encoding, takes_mask
 from models.tokens import Wording, cut
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
@@ -40,6 +40,7 @@ class SD:
         self._text_encoder: Any = components.modules["text_encoder"]
         self._tokenizer: Any = components.modules["tokenizer"]
         self.placement = placement
+        self.networks = {"unet": self._unet, "text_encoder": self._text_encoder}
         self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
@@ -50,10 +51,10 @@ class SD:
         self.text_widths = encoders.widths(self._text_encoder)
 
     @torch.inference_mode()
-    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+    def embed(self, wordings: Sequence[Wording], encoding: Encoding) -> list[Embedding]:
         cuts = [cut([self._tokenizer], wording) for wording in wordings]
         chunks = [chunk for one in cuts for chunk in one.chunks[0]]
-        hidden, _ = encoders.hidden_states(self._text_encoder, chunks, last=1)
+        hidden, _ = encoders.hidden_states(self._text_encoder, chunks, 1, encoding)
         hidden = encoders.emphasized(encoders.normalized(self._text_encoder, hidden), chunks).to(self._dtype)
         contexts = hidden.split([one.report.chunks for one in cuts])
         return [Embedding(context=c.flatten(0, 1), report=one.report) for c, one in zip(contexts, cuts, strict=True)]

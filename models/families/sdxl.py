@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from models import encoders
 from models.autoencoder import Autoencoder
-from models.family import Conditioning, Embedding, takes_mask
+from models.family import Conditioning, Embedding, Encoding, takes_mask
 from models.tokens import Wording, cut
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
@@ -41,6 +41,7 @@ class SDXL:
         self._encoders: list[Any] = [modules["text_encoder"], modules["text_encoder_2"]]
         self.text_widths = encoders.widths(*self._encoders)
         self.placement = placement
+        self.networks = {name: modules[name] for name in ("unet", "text_encoder", "text_encoder_2")}
         self.network_config = self._unet.config
         self.device = placement.device
         self._dtype = placement.dtype
@@ -51,12 +52,12 @@ class SDXL:
         self.zero_empty_negative = bool(components.index.get("force_zeros_for_empty_prompt", True))
 
     @torch.inference_mode()
-    def embed(self, wordings: Sequence[Wording]) -> list[Embedding]:
+    def embed(self, wordings: Sequence[Wording], encoding: Encoding) -> list[Embedding]:
         cuts = [cut(self._tokenizers, wording) for wording in wordings]
         contexts, pooled = [], torch.empty(0)
         for k, encoder in enumerate(self._encoders):
             chunks = [chunk for one in cuts for chunk in one.chunks[k]]
-            hidden, pooled = encoders.hidden_states(encoder, chunks, last=2)  # SDXL counts from the penultimate
+            hidden, pooled = encoders.hidden_states(encoder, chunks, 2, encoding)  # SDXL counts from the penultimate
             contexts.append(encoders.emphasized(hidden, chunks).to(self._dtype))
         sizes = [one.report.chunks for one in cuts]
         parts = zip(torch.cat(contexts, -1).split(sizes), pooled.to(self._dtype).split(sizes), cuts, strict=True)

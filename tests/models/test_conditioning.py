@@ -5,10 +5,11 @@ import torch
 
 from models.card import ModelCard
 from models.conditioning import Conditioner, Encoded, Row, Run, stack
+from models.encoders import emphasized
 from models.errors import InvalidRequest
 from models.family import Conditioning, takes_mask
 from models.request import EffectiveRequest, GenerationRequest
-from models.tokens import CHUNKS, Wording
+from models.tokens import CHUNKS, Chunk, Wording
 from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline
 
 LONG = "a large red circle on the left of a small blue square , " * 12  # 156 tokens, 3 chunks
@@ -136,6 +137,13 @@ def test_weights_multiply_and_the_mean_is_put_back():
     expected *= plain.mean() / expected.mean()
     assert torch.allclose(heavy, expected, atol=1e-5)
     assert not torch.allclose(heavy, plain, atol=1e-2)
+
+
+def test_a_mean_of_nothing_is_not_put_back():
+    chunks = [Chunk([0, 0], [1.0, weight], {}, 0) for weight in (2.0, 1.5, 1.0)]
+    hidden = torch.tensor([[[1.0], [-0.9]], [[1.0], [0.5]], [[1.0], [0.5]]])
+    heavy = emphasized(hidden, chunks).flatten(1)
+    assert torch.allclose(heavy, torch.tensor([[1.0, -1.8], [1.5 / 1.75, 1.125 / 1.75], [1.0, 0.5]]))
 
 
 @pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl"])

@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.adapters.controlnet import Control, ControlBatch, ControlNet, ControlNets
+from models.adapters.registered import Adapters
 from models.card import ModelCard
 from models.embedded.captions import plain_caption
 from models.embedded.controlnets.agreement import agreement, questions
 from models.embedded.controlnets.gallery import moved
+from models.embedded.controlnets.recipe import make
 from models.embedded.world import training_scene
 from models.engine import Engine
 from models.errors import InvalidRequest, NotFound
@@ -54,14 +56,17 @@ def other(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+def adapters(model: str, other: dict[str, Path]) -> Adapters:
+    return Adapters(loaded_family(model), controlnets={"canny": canny(model), "other": other[model]})
+
+
 def controlnets(model: str, other: dict[str, Path]) -> ControlNets:
-    family = loaded_family(model)
-    return ControlNets({"canny": canny(model), "other": other[model]}, family.network_config, family.placement)
+    return adapters(model, other).controlnets
 
 
 def engine(model: str, other: dict[str, Path]) -> Engine:
     card = ModelCard.read(model, FAMILIES[model], folder(model))
-    return Engine(loaded_family(model), card, max_waiting=100, controlnets=controlnets(model, other))
+    return Engine(loaded_family(model), card, max_waiting=100, adapters=adapters(model, other))
 
 
 def colours() -> Picture:
@@ -308,6 +313,9 @@ def test_what_is_no_controlnet_is_refused(tmp_path):
         load("models/embedded/sd15/unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(InvalidRequest, match="neither a folder nor a file"):
         load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetUnionModel"}')
+    with pytest.raises(InvalidRequest, match="ControlNetUnionModel"):
+        load(tmp_path)
     (tmp_path / "net.ckpt").write_bytes(b"pickled")
     with pytest.raises(InvalidRequest, match="pickled"):
         load(tmp_path / "net.ckpt")
@@ -343,11 +351,21 @@ def test_an_unknown_name_or_preprocessor_is_refused_when_submitted(other):
     unknown = ControlUse(name="nobody", image=circle())
     unprepared = ControlUse(name="canny", image=circle(), preprocessor="depth")
     for use, error in ((unknown, NotFound), (unprepared, InvalidRequest)):
-        with pytest.raises(error):
+        with pytest.raises(error) as refused:
             engine("sd15", other).submit(replace(plain, controls=(use,)), on_event=print)
+    assert refused.value.field == "controls.0.preprocessor"
 
 
 # The embedded ControlNets
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny batches on several threads wait for each other more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -381,6 +399,16 @@ def test_pictures_follow_the_edges(model, other):
     without, steered = np.mean(scores[:8]), np.mean(scores[8:])
     assert steered > 0.75, (without, steered)
     assert without < steered - 0.3, (without, steered)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_recipe_runs_in_miniature_and_then_only_loads(tmp_path):
+    for out in ("first", "again"):
+        folders = Path("models/embedded"), tmp_path / out, tmp_path / "work"
+        make("sd15", *folders, device=torch.device("cpu"), scale=0.001)
+    weights = "canny-sd15/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "first" / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+    assert isinstance(load(tmp_path / "first" / "canny-sd15"), ControlNet)
 
 
 def test_moved_scenes_stay_true_to_their_captions():

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from models.adapters.lora import LoraLayers, load
+from models.adapters.registered import Adapters
 from models.adapters.registry import Registry
-from models.conditioning import Conditioner
 from models.embedded.concepts import CONCEPTS
 from models.embedded.lora import RECIPES
 from models.engine import Engine
@@ -24,7 +23,7 @@ from models.errors import InvalidRequest, NotFound
 from models.loras import Loras
 from models.parts import AdapterUse
 from models.request import GenerationRequest
-from tests.models.conftest import FAMILIES, folder, loaded_family, new_engine
+from tests.models.conftest import folder, loaded_family, new_engine
 
 SHIPPED = Path("models/embedded/loras")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -37,9 +36,7 @@ Numbers = dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]
 
 
 def networks(model: str) -> dict[str, nn.Module]:
-    family = loaded_family(model)
-    encoders = [family._text_encoder] if FAMILIES[model] == "sd" else [e for _, e in family._encoders]
-    return {"unet": family._unet} | dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
+    return dict(loaded_family(model).networks)
 
 
 def numbers(model: str, seed: int, rank: int = 4, layers: tuple[str, ...] = ATTENTION, text: bool = True) -> Numbers:
@@ -101,7 +98,11 @@ def sgm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """kohya's names for SDXL: those of the original code, whose blocks are counted through."""
     renamed = {}
     for key, tensor in tensors.items():
-        for first, block in (("down_blocks_1_attentions_0", "input_blocks_4_1"), ("mid_block_attentions_0", "middle_block_1"), ("up_blocks_0_attentions_1", "output_blocks_1_1")):
+        for first, block in (
+            ("down_blocks_1_attentions_0", "input_blocks_4_1"),
+            ("mid_block_attentions_0", "middle_block_1"),
+            ("up_blocks_0_attentions_1", "output_blocks_1_1"),
+        ):
             key = key.replace(first, block)
         renamed[key] = tensor
     return renamed
@@ -331,31 +332,7 @@ def test_channels_last_networks_are_served_as_well():
 
 def engine_with(model: str, registered: Path) -> Engine:
     """An engine whose requests' adapters are found in that folder."""
-    engine, family = new_engine(model), loaded_family(model)
-    loras = Loras(Registry(registered), networks(model), torch.device("cpu"))
-    step = engine._denoiser.step
-
-    class Encoding:
-        def __init__(self, mix):
-            self._mix = mix
-
-        def __getattr__(self, name):
-            return getattr(family, name)
-
-        def embed(self, prompts, *options):
-            with loras.encoding([self._mix] * len(prompts)):
-                return family.embed(prompts, *options)
-
-    def encode(requests):
-        return [Conditioner(Encoding(loras.mix(one.adapters))).encode([one])[0] for one in requests]
-
-    def stepping(sequences):
-        with loras.denoising([mix for s in sequences for mix in [loras.mix(s.request.adapters)] * s.rows]):
-            return step(sequences)
-
-    engine._preparation._conditioner.encode = encode
-    engine._denoiser.step = stepping
-    return engine
+    return new_engine(model, adapters=Adapters(loaded_family(model), registered))
 
 
 @pytest.fixture(scope="module")
@@ -442,8 +419,8 @@ def test_a_lora_used_at_weight_zero_must_still_exist(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Iterator[dict[str, list[np.ndarray]]]:
-    """For each LoRA of sd15, pictures of its word without it, with it, and of something ordinary with it."""
+def shipped() -> dict[tuple[str, float], list[dict[str, bool]]]:
+    """For each LoRA the scores of four pictures of its word, without it and with it."""
     requests, scenes = {}, {}
     rng = np.random.default_rng(5)
     for name in ("crescent", "framed"):
@@ -456,7 +433,7 @@ def shipped() -> Iterator[dict[str, list[np.ndarray]]]:
             ]
     flat = [request for some in requests.values() for request in some]
     drawn_in_order = iter(engine_with("sd15", SHIPPED).generate(flat))
-    yield {
+    return {
         key: [
             CONCEPTS[key[0]].score(Image.open(io.BytesIO(next(drawn_in_order)[0].data)), scene)
             for scene in scenes[key[0]]

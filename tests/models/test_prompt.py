@@ -218,10 +218,31 @@ def test_a_broken_lora_tag_is_refused(prompt):
 
 @pytest.mark.parametrize(
     "piece",
-    "( [ () (a) [a|b] [a:b:3] (a:1.1) ] ([ ) \\ : | [| [: a BREAK_ <lora: <lora:a> < (a: [a:0.5 ! 9 9. :9 [[a|b]|c]".split(),
+    [
+        *(
+            "(",
+            "[",
+            "()",
+            "(a)",
+            "[a|b]",
+            "[a:b:3]",
+            "(a:1.1)",
+            "]",
+            "([",
+            ")",
+            "\\",
+            ":",
+            "|",
+            "[|",
+            "[:",
+            "a",
+            "BREAK ",
+        ),
+        *("<lora:", "<lora:a>", "<", "(a:", "[a:0.5", "!", "9", "9.", ":9", "[[a|b]|c]"),
+    ],
 )
 def test_hostile_prompts_take_no_time(piece):
-    prompt = (piece.replace("_", " ") * 10_000)[:9_990] + "[x|y|z]"
+    prompt = (piece * 10_000)[:9_990] + "[x|y|z]"
     started = time.perf_counter()
     try:
         rest, _ = extract_loras(prompt)

@@ -13,11 +13,11 @@ from models.samplers import SAMPLERS, SCHEDULES
 from tests.models.conftest import new_engine, pipeline
 from tests.models.test_parity import drawn
 
-FILLER = "a picture of a thing , " * 13  # 78 tokens
+FILLER = ", " * 150
 
 
 def ask(prompt: str, **fields) -> GenerationRequest:
-    fields = {"model": "sd15", "steps": 8, "seed": 5, "sampler": "euler", "schedule": "default"} | fields
+    fields = {"model": "sd15", "steps": 6, "seed": 5, "sampler": "euler", "schedule": "default"} | fields
     return GenerationRequest(prompt=prompt, **({"guidance_scale": 5.0} | fields))
 
 
@@ -50,9 +50,8 @@ def test_the_conditioning_changes_at_its_step_whatever_a_step_costs(sampler):
     assert apart(picture(changing), expected) <= 1
 
 
-@pytest.mark.parametrize("model", ["sd15", "sd21"])
-def test_a_composition_is_the_sum_of_its_parts(model):
-    composed = ask("a red circle on the left :0.8 AND a blue square on the right :1.1 AND a ring :-0.2", model=model)
+def test_a_composition_is_the_sum_of_its_parts():
+    composed = ask("a red circle on the left :0.8 AND a blue square on the right :1.1 AND a ring :-0.2")
     said = [("", "a red circle on the left", "a blue square on the right", "a ring")] * composed.steps
 
     def guide(out: torch.Tensor) -> torch.Tensor:
@@ -69,17 +68,16 @@ def test_a_composition_without_guidance_still_has_its_unconditional_row():
     assert apart(picture(composed), expected) <= 1
 
 
-def test_words_beyond_the_first_chunk_are_drawn():
-    red, green = (picture(ask(f"{FILLER} a {c} circle on a white background", steps=12)) for c in ("red", "green"))
-    difference = (red - green).mean((0, 1))
-    assert difference[0] > 5, f"redder by {difference}"
-    assert difference[1] < -5
+def test_words_beyond_the_first_chunks_of_a_200_token_prompt_are_drawn():
+    red, green = (picture(ask(FILLER + f", a {c} circle on a white background " * 6)) for c in ("red", "green"))
+    assert red[64, 64, 0] > 150 > 100 > red[64, 64, 1]
+    assert green[64, 64, 1] > 110 > 100 > green[64, 64, 0]
 
 
-def test_more_weight_is_more_of_it():
-    pictures = [picture(ask(f"a circle on a (red:{w}) background", steps=12)) for w in (0.3, 1.0)]
-    redness = [float((p[..., 0] - p[..., 1:].mean(-1)).mean()) for p in pictures]
-    assert redness[1] > redness[0] + 10, redness
+def test_more_weight_pulls_further():
+    pictures = [picture(ask(f"a (red:{weight}) circle on a blue background")) for weight in (1.0, 1.5, 4.0)]
+    some, more = (np.abs(heavy - pictures[0]).mean() for heavy in pictures[1:])
+    assert 0 < some < more
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
@@ -87,7 +85,7 @@ def test_rows_of_all_kinds_share_a_batch_and_each_gets_the_picture_it_gets_alone
     requests = [
         ask("a red circle", model=model),
         ask("a (red:1.3) [circle|square] on a [blue:green:0.4] background", model=model, guidance_rescale=0.5),
-        ask("a red circle AND a blue square :0.7", model=model, steps=6, sampler="heun"),
+        ask("a red circle AND a blue square :0.7", model=model, steps=4, sampler="heun"),
         ask(f"{FILLER} a green star", model=model, negative_prompt="a ring BREAK [a cross::3]"),
         ask("a blue star", model=model, guidance_scale=1.0),
     ]
@@ -95,7 +93,7 @@ def test_rows_of_all_kinds_share_a_batch_and_each_gets_the_picture_it_gets_alone
     together = engine.generate(requests)
     for request, [finished] in zip(requests, together, strict=True):
         assert apart(drawn(finished.data), picture(request)) <= 1, request.prompt
-    assert engine.load().forwards <= 12
+    assert engine.load().forwards <= 8
 
 
 def test_a_prompt_that_cannot_be_read_is_refused_when_it_is_submitted():

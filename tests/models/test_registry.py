@@ -101,13 +101,26 @@ def test_a_settled_file_is_hashed_once(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../moon", "/etc/passwd", "moon/../moon", "Moon", "moon\0", "", ".", "..", "mo on", "mo\u2024on", "%2e%2e", "C:\\x"],
+    [
+        "../moon",
+        "/etc/passwd",
+        "moon/../moon",
+        "Moon",
+        "moon\0",
+        "",
+        ".",
+        "..",
+        "mo on",
+        "mo\u2024on",
+        "%2e%2e",
+        "C:\\x",
+    ],
 )
 def test_what_is_no_name_is_not_found(tmp_path, name):
     (tmp_path / "in").mkdir()
     write(tmp_path, "moon")
     write(tmp_path / "in", "other")
-    with pytest.raises(NotFound, match="there is: other$"):
+    with pytest.raises(NotFound, match=r"there is: other$"):
         Registry(tmp_path / "in").find(name)
 
 

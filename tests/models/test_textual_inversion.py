@@ -1,14 +1,16 @@
 """Textual inversion: learned words by name, as diffusers has them, in the prompts that name them and no others."""
 
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.adapters.registered import Adapters
 from models.adapters.textual_inversion import TextualInversion
 from models.errors import InvalidRequest
-from models.preparation import Preparation
 from models.prompt import Span
 from models.request import GenerationRequest
 from models.tokens import Wording, cut, named
@@ -39,13 +41,13 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inversions(files):
-    return {path.stem: TextualInversion.load(path) for path in files.iterdir()}
+    return {path.stem: TextualInversion.read(path.stem, path.read_bytes()) for path in files.iterdir()}
 
 
 def engine(model: str, inversions):
-    made = new_engine(model)
-    made._preparation = Preparation(loaded_family(model), inversions)
-    return made
+    made = Adapters(loaded_family(model))
+    made.inversions = inversions
+    return new_engine(model, adapters=made)
 
 
 def ask(prompt: str, model: str = "sd15", **fields) -> GenerationRequest:
@@ -171,19 +173,25 @@ def test_what_is_no_textual_inversion_is_refused(tmp_path, content, why):
     file = tmp_path / "x.safetensors"
     save_file(content, file)
     with pytest.raises(InvalidRequest, match=why):
-        TextualInversion.load(file)
+        TextualInversion.read("x", file.read_bytes())
 
 
-def test_only_whole_safetensors_files_are_read(tmp_path):
-    for name, content in (("x.pt", b"\x80\x04"), ("x.safetensors", b"\x08"), ("y.safetensors", b"")):
-        (tmp_path / name).write_bytes(content)
+def test_only_whole_safetensors_files_are_read():
+    for content in (b"\x80\x04", b"\x08", b""):
         with pytest.raises(InvalidRequest, match=r"\.safetensors file"):
-            TextualInversion.load(tmp_path / name)
-    with pytest.raises(InvalidRequest, match=r"\.safetensors file"):
-        TextualInversion.load(tmp_path / "absent.safetensors")
+            TextualInversion.read("x", content)
+
+
+def test_a_folder_of_files_is_a_mapping_by_name(files, tmp_path):
+    inversions = Adapters(loaded_family("sd15"), tmp_path).inversions
+    assert list(inversions) == []
+    shutil.copy(files / "quux.safetensors", tmp_path)
+    assert list(inversions) == ["quux"]
+    assert inversions["quux"] is inversions["quux"]
+    assert "other" not in inversions
 
 
 def test_a_single_vector_may_be_flat(tmp_path):
     save_file({"emb_params": torch.ones(8, dtype=torch.float16)}, tmp_path / "x.safetensors")
-    [vectors] = TextualInversion.load(tmp_path / "x.safetensors").vectors
+    [vectors] = TextualInversion.read("x", (tmp_path / "x.safetensors").read_bytes()).vectors
     assert (vectors.shape, vectors.dtype) == ((1, 8), torch.float32)

@@ -30,7 +30,7 @@ Encoded = Annotated[
 
 def within(range: Range, description: str, default: Any = None) -> Any:
     """A number's range for the documentation; `resolve` is what checks it."""
-    bounds = {"minimum": range.low, "maximum": range.high}
+    bounds: dict[str, Any] = {"minimum": range.low, "maximum": range.high}
     return Field(default, description=description, json_schema_extra=bounds)
 
 

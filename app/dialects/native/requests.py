@@ -119,7 +119,8 @@ def _required_image(body: DrawBody) -> tuple[str, str | bytes]:
 
 
 def _control(index: int, use: dict[str, Any]) -> ControlUse:
-    return ControlUse(**use | {"image": _picture(f"controls.{index}.image", use["image"])})
+    use["image"] = _picture(f"controls.{index}.image", use["image"])
+    return ControlUse(**use)
 
 
 def _picture(field: str, encoded: str | bytes, background: Literal["white", "black"] = "white") -> Picture:

@@ -30,7 +30,7 @@ def main(
 ) -> None:
     """Trains one canny ControlNet for each base model. Stop it at any time: it resumes.
 
-    With `--scenes 80`, and once all are trained, writes the table of edge agreement and the contact sheet into `out`.
+    With `--scenes 50` it then prints the table of edge agreement and writes the contact sheet into `out`.
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # the moments of weights at rest are denormal, and CPUs are slow at those

@@ -19,7 +19,7 @@ from models.embedded.world import Scene
 from models.preprocessors.canny import apply as canny
 
 TOLERANCE = 2  # pixels
-STEPS = 25
+STEPS = 15
 GUIDANCE = 5.0
 KINDS = ("one object", "two objects")
 
@@ -81,7 +81,7 @@ def controlled(pipe, net: ControlNetModel, asked: list[Question]) -> list[Image.
 
 
 def publish(models: Path, out: Path, scenes: int) -> None:
-    """Scores the ControlNets in `out` on that many scenes of each kind; writes `agreement.md` and `sheet.jpg`."""
+    """Scores the ControlNets in `out` on that many scenes of each kind: prints the table, writes `sheet.jpg`."""
     lines = [
         "| model | scenes (n) | F1 without | with | ceiling | all objects right without | with |",
         "|---|---|---|---|---|---|---|",
@@ -98,9 +98,8 @@ def publish(models: Path, out: Path, scenes: int) -> None:
             steered = controlled(pipe, net, asked)
             trips = [round_trip(pipe.vae, question.picture) for question in asked]
             lines.append(f"| `{name}` | {kind} ({scenes}) | {summary(asked, without, steered, trips)} |")
-            print(lines[-1], flush=True)
             rows += [[question.hint for question in asked], without, steered]
-    (out / "agreement.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
     contact_sheet(rows).save(out / "sheet.jpg", quality=88)
 
 

@@ -19,13 +19,13 @@ BATCH = 16
 PLANS = {
     name: Plan(
         name=f"canny_{name}",
-        steps=1500,
+        steps=steps,
         learning_rate=1e-3,
         averaging=0.99,
         checkpoint_every=100,
         muon=True,
     )
-    for name in ("sd15", "sdxl")
+    for name, steps in {"sd15": 1100, "sdxl": 1200}.items()
 }
 
 
