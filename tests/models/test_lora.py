@@ -423,7 +423,7 @@ def shipped() -> dict[tuple[str, float], list[dict[str, bool]]]:
     """For each LoRA the scores of four pictures of its word, without it and with it."""
     requests, scenes = {}, {}
     rng = np.random.default_rng(5)
-    for name in ("crescent",):
+    for name in ("crescent", "framed"):
         concept = CONCEPTS[name]
         scenes[name] = [concept.scene(rng) for _ in range(4)]
         for weight in (0.0, 1.0):
@@ -442,7 +442,7 @@ def shipped() -> dict[tuple[str, float], list[dict[str, bool]]]:
     }
 
 
-@pytest.mark.parametrize(("name", "what"), [("crescent", "shape")])
+@pytest.mark.parametrize(("name", "what"), [("crescent", "shape"), ("framed", "frame")])
 def test_the_shipped_loras_draw_their_concept_and_the_base_does_not(shipped, name, what):
     assert sum(score[what] for score in shipped[name, 0.0]) == 0
     assert sum(score[what] for score in shipped[name, 1.0]) >= 3
