@@ -22,6 +22,7 @@ IMPORT_NAMES = {
     "yaml": "pyyaml",
     "cv2": "opencv-python-headless",
     "python_multipart": "python-multipart",
+    "pydantic_core": "pydantic",
 }
 
 

@@ -114,7 +114,7 @@ def test_both_encoders_of_sdxl_get_theirs(inversions):
 def test_it_leaves_no_trace(inversions):
     family = loaded_family("sd15")
     before = family.embed([Wording.plain("a quux")], bare)
-    family.embed([Wording(((Span("a quux"),),), inversions=(("quux", inversions["quux"], bare),))])
+    family.embed([Wording(((Span("a quux"),),), inversions=(("quux", inversions["quux"]),))], bare)
     assert torch.equal(family.embed([Wording.plain("a quux")], bare)[0].context, before[0].context)
     assert not family._text_encoder.get_input_embeddings()._forward_hooks
 
