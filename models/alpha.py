@@ -35,7 +35,7 @@ class Layers:
             colour = np.array(rgb)
             alpha = None if transparency is None else np.array(transparency)
         if alpha is not None and alpha.any() and not alpha.all():
-            rows, columns = distance_transform_edt(alpha == 0, return_distances=False, return_indices=True)
+            rows, columns = np.asarray(distance_transform_edt(alpha == 0, return_distances=False, return_indices=True))
             colour = colour[rows, columns]
         return cls(colour, alpha)
 

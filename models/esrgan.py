@@ -73,13 +73,13 @@ class _DenseBlock(nn.Module):
         super().__init__()
         for i in range(1, 6):
             given, found = features + (i - 1) * growth, growth if i < 5 else features
-            setattr(self, f"conv{i}", nn.Conv2d(given, found, 3, padding=1))
+            self.add_module(f"conv{i}", nn.Conv2d(given, found, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         seen = x
         for i in range(1, 5):
-            seen = torch.cat([seen, _leaky(getattr(self, f"conv{i}")(seen))], 1)
-        return x + _RESIDUAL * self.conv5(seen)
+            seen = torch.cat([seen, _leaky(self.get_submodule(f"conv{i}")(seen))], 1)
+        return x + _RESIDUAL * self.get_submodule("conv5")(seen)
 
 
 def _leaky(x: Tensor) -> Tensor:

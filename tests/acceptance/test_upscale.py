@@ -36,6 +36,23 @@ def test_it_wakes_and_enlarges_what_was_drawn(server: Server):
     assert np.abs(back - np.asarray(Image.open(io.BytesIO(small)))).mean() < 4
 
 
+def test_what_a_model_draws_goes_on_to_the_upscaler(server: Server):
+    answer = server.post(
+        prompt="a red circle", seed=7, steps=8, samples=2, upscale={"scale": 2}, output_format="jpeg", metadata="full"
+    )
+    assert answer.status_code == 200, answer.text
+    pictures = [base64.b64decode(image["base64"]) for image in answer.json()["images"]]
+    for i, picture in enumerate(pictures):
+        assert Image.open(io.BytesIO(picture)).size == (256, 256)
+        told = httpx2.post(f"{server.address}/v1/metadata", content=picture, timeout=30).json()["parameters"]
+        assert told["upscale"] == {"scale": 2, "model": "2x"}
+        assert (told["seed"], told["output_format"]) == (7 + i, "jpeg")
+    redrawn = httpx2.post(f"{server.address}/v1/generate", json=told, timeout=300).json()["images"][0]
+    again = base64.b64decode(redrawn["base64"])
+    first, second = (np.asarray(Image.open(io.BytesIO(p))).astype(int) for p in (pictures[-1], again))
+    assert np.abs(first - second).mean() < 0.5  # the drawing is within 1/255, and JPEG rounds
+
+
 def test_a_client_that_leaves_stops_the_work(server: Server):
     """The next picture does not wait for what nobody waits for: a large one would take minutes."""
     buffer = io.BytesIO()

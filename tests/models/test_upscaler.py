@@ -300,7 +300,7 @@ def test_the_learned_upscalers_beat_lanczos(shipped: dict[str, str], name: str, 
     both, pictures, scale = made(shipped), scores.held_out(6), int(name[0])
     learned = scores.score(both, name, scale, by, pictures)
     lanczos = scores.score(both, "lanczos", scale, by, pictures)
-    assert learned[0] > lanczos[0] + 3  # dB
+    assert learned[0] > lanczos[0] + {"2x": 4, "4x": 2}[name]  # dB
     assert learned[1] > lanczos[1]
     assert (SHIPPED / f"{name}.safetensors").stat().st_size < 2_000_000
 

@@ -24,7 +24,7 @@ CANDIDATES = 4  # places of which the liveliest is taken: the plain background t
 SHRINKINGS = (Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 PLANS = {
     2: Plan(name="upscaler_2x", steps=8000, learning_rate=2e-3, weight_decay=0.0),
-    4: Plan(name="upscaler_4x", steps=8000, learning_rate=2e-3, weight_decay=0.0),
+    4: Plan(name="upscaler_4x", steps=16000, learning_rate=2e-3, weight_decay=0.0),
 }
 
 
