@@ -94,6 +94,8 @@ def generate_locally(settings: ModelSettings, body: dict[str, Any]) -> Iterator[
     from app.replica import start_engine
 
     request = to_request(wire.validate(body, GenerateBody), settings.name).resolve(settings.card())
+    if request.upscale is not None:
+        raise InvalidRequest("upscale", "needs a server; `heliograph upscale --local` enlarges a file")
     engine, _ = start_engine(settings, warm_up=False)
     events: queue.Queue[Event] = queue.Queue()
     try:

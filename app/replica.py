@@ -8,13 +8,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from app.events import Admitted, ReplicaEvent
+from app.events import Admitted, ReplicaEvent, Upscaled
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
 from models import metadata
-from models.errors import Cancelled, GenerationFailed, HeliographError
+from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Event, Failed, Finished
+from models.parts import Upscale
 from models.request import EffectiveRequest
+
+UPSCALING_TIMEOUT_S = 600.0  # of one picture, its wait for a busy upscaler included
 
 
 class Model:
@@ -112,6 +115,8 @@ class Chain:
     def __init__(self, request: EffectiveRequest, events: asyncio.Queue[Event], upscaler: UpscalerRoute):
         self._request, self._events, self._upscaler = request, events, upscaler
         self._under_way: set[asyncio.Task[None]] = set()
+        self._one_by_one = asyncio.Lock()  # so that a request's own pictures do not fill the upscaler's queue
+        self._closed = False
 
     @property
     def first(self) -> EffectiveRequest:
@@ -123,6 +128,8 @@ class Chain:
 
     def put(self, event: Event) -> None:
         """Takes an event of the engine; on the event loop."""
+        if self._closed:
+            return
         if isinstance(event, Finished) and self._request.upscale:
             self._under_way.add(asyncio.get_running_loop().create_task(self._send_on(event)))
         else:
@@ -132,10 +139,15 @@ class Chain:
         request = self._request
         assert request.upscale is not None
         try:
-            text = metadata.write(request.sample(picture.index), picture.revision, request.metadata)
-            larger = await self._upscaler.upscale(picture.data, request.upscale, request.output_format, text)
+            one = request.sample(picture.index)
+            # Hashes the input pictures, which may be large.
+            text = await asyncio.to_thread(metadata.write, one, picture.revision, request.metadata)
+            async with asyncio.timeout(UPSCALING_TIMEOUT_S), self._one_by_one:
+                larger = await self._enlarged(picture.data, request.upscale, text)
+        except TimeoutError:
+            event: Event = Failed(error=GenerationFailed("deadline", "enlarging the picture took too long"))
         except HeliographError as error:
-            event: Event = Failed(error=error)
+            event = Failed(error=error)
         except Exception as fault:  # nobody else would hear of it, and the request would never end
             event = Failed(error=GenerationFailed("engine_fault", f"enlarging the picture failed: {fault!r}"))
         else:
@@ -143,8 +155,17 @@ class Chain:
             event = replace(picture, data=larger.data, format=larger.format, **size)
         self._events.put_nowait(event)
 
+    async def _enlarged(self, data: bytes, wanted: Upscale, text: dict[str, str]) -> Upscaled:
+        """The picture, larger. What is drawn already is not thrown away because the upscaler is busy: it waits."""
+        while True:
+            try:
+                return await self._upscaler.upscale(data, wanted, self._request.output_format, text)
+            except Overloaded as busy:
+                await asyncio.sleep(busy.retry_after_s)
+
     def close(self) -> None:
-        """For a caller who left: what is under way at the upscaler is cancelled."""
+        """For a caller who left: what is under way at the upscaler is cancelled, and nothing more begins."""
+        self._closed = True
         for task in self._under_way:
             task.cancel()
 
@@ -172,7 +193,10 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
             offload=settings.offload,
         )
         adapters = Adapters(
-            family, settings.located_adapters, settings.located_controlnets, preprocessors=settings.preprocessors
+            family,
+            settings.located_adapters,
+            settings.located_controlnets,
+            preprocessors=settings.located_preprocessors,
         )
         engine = Engine(family, settings.card(), max_waiting=settings.max_waiting, adapters=adapters)
         if warm_up:

@@ -75,7 +75,9 @@ class ModelSettings(Strict):
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
-    preprocessors: dict[Name, str] = Field(default_factory=dict, description="name -> folder of the weights it needs")
+    preprocessors: dict[Literal["depth", "pose"], str] = Field(
+        default_factory=dict, description="name -> folder of the weights it needs"
+    )
     defaults: CardDefaults = CardDefaults()
 
     @property
@@ -87,6 +89,11 @@ class ModelSettings(Strict):
     def located_controlnets(self) -> dict[str, str]:
         """The ControlNets by name, each as `located` finds it."""
         return {name: located(source) for name, source in self.controlnets.items()}
+
+    @property
+    def located_preprocessors(self) -> dict[str, str]:
+        """The preprocessors' weights, each as `located` finds them."""
+        return {name: located(source) for name, source in self.preprocessors.items()}
 
     @property
     def located_source(self) -> str:

@@ -112,7 +112,7 @@ class Denoiser:
             owners=self._to_device(torch.tensor(owners)),
             guided=self._to_device(last),
             unguided=self._to_device(last - torch.tensor([s.rows - 1 for s in sequences])),
-            scale=self._column([s.request.guidance_scale for s in sequences]),
+            scale=self._column([s.request.guidance_scale if s.request.guided else 1.0 for s in sequences]),
             rescale=self._column(rescales) if any(rescales) else None,
             inputs=torch.stack(inputs) if inputs else None,
             kept=self._kept(sequences),

@@ -18,6 +18,11 @@ def widths(*models: Any) -> tuple[int, ...]:
     return tuple(model.get_input_embeddings().weight.shape[1] for model in models)
 
 
+def most_skipped(last: int, *models: Any) -> int:
+    """How many layers can be left out of each, so that one remains, where `last` from the end is where none is."""
+    return min(model.config.num_hidden_layers for model in models) - last
+
+
 def hidden_states(
     model: Any, chunks: Sequence[Chunk], last: int, encoding: Encoding
 ) -> tuple[torch.Tensor, torch.Tensor]:

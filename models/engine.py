@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -91,6 +92,8 @@ class Engine:
         Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
         """
         effective = request.resolve(self.card)
+        if effective.upscale is not None:
+            raise InvalidRequest("upscale", "an engine does not enlarge what it has drawn; models.upscaler does")
         ticket_id = id or uuid.uuid4().hex
         indices = range(effective.samples)
         sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
@@ -174,7 +177,12 @@ class Engine:
         batch = self._next_batch()
         self._attempt(self._preparation.join, [sequence for sequence in batch if sequence.history is None])
         joined = [sequence for sequence in batch if sequence.history is not None]
-        self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
+        stepped: list[tuple[Sequence, torch.Tensor, int]] = []
+        self._attempt(
+            lambda some: stepped.extend(self._denoise(some)), [sequence for sequence in joined if sequence.denoising]
+        )
+        for sequence, estimate, rows in stepped:  # on its own: who fails here has taken the step all the same
+            self._attempt(partial(self._tell_progress, estimate, rows), [sequence])
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
         decoding = self._delivery.take()
         self._attempt(self._delivery.decode, decoding)
@@ -213,6 +221,8 @@ class Engine:
             return
         try:
             work(sequences)
+        except HeliographError as refusal:  # of one sequence that was worked on alone
+            self._fail(sequences[0].ticket, refusal)
         except Exception as fault:
             memory = isinstance(fault, torch.OutOfMemoryError)
             half = len(sequences) // 2
@@ -234,7 +244,8 @@ class Engine:
         if half:
             self.batcher.set_cap(half[0].shape, sum(sequence.rows for sequence in half))
 
-    def _denoise(self, batch: list[Sequence]) -> None:
+    def _denoise(self, batch: list[Sequence]) -> list[tuple[Sequence, torch.Tensor, int]]:
+        """One forward. Returns each sequence with the clean latents it expects and the rows that shared."""
         started = time.monotonic()
         clean = self._denoiser.step(batch)
         self._forwards += 1
@@ -242,8 +253,7 @@ class Engine:
         rows = sum(sequence.rows for sequence in batch)
         pace = (time.monotonic() - started) / (rows * math.prod(batch[0].shape[1:]))
         self._seconds_per_work = 0.9 * self._seconds_per_work + 0.1 * pace if self._seconds_per_work else pace
-        for sequence, estimate in zip(batch, clean, strict=True):
-            self._tell_progress(sequence, estimate, rows)
+        return [(sequence, estimate, rows) for sequence, estimate in zip(batch, clean, strict=True)]
 
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
         """At a phase's end: on to the next one, or to the decoder."""
@@ -258,7 +268,8 @@ class Engine:
 
     # What is told
 
-    def _tell_progress(self, sequence: Sequence, clean: torch.Tensor, rows: int) -> None:
+    def _tell_progress(self, clean: torch.Tensor, rows: int, of: list[Sequence]) -> None:
+        [sequence] = of
         ticket = self._tickets.get(sequence.ticket)
         if ticket is None or not ticket.progress:
             return

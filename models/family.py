@@ -61,6 +61,8 @@ class Family(Protocol):
 
     text_widths: tuple[int, ...]
     """The width of each text encoder's token embeddings."""
+    clip_skips: int
+    """How many layers of the text encoders can be left out."""
 
     def embed(self, wordings: Sequence[Wording], encoding: Encoding) -> list[Embedding]:
         """Text encoders over several texts at once; each call of one is made within `encoding` of its rows' LoRAs."""

@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 
 from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
+from models.errors import GenerationFailed
 from models.family import Family
 from models.images import Picture
 from models.registered import Adapters
@@ -69,7 +70,7 @@ class Preparation:
     def next_phase(self, sequence: Sequence) -> None:
         """Begins the phase after the present one, from what that has made."""
         clean = self._enlarged(sequence, sequence.phases[sequence.phase + 1])
-        sequence.phase, sequence.position = sequence.phase + 1, 0
+        sequence.phase, sequence.position, sequence.estimate = sequence.phase + 1, 0, None
         self._start(sequence, clean, sequence.noise())
 
     @torch.inference_mode()
@@ -126,6 +127,8 @@ class Preparation:
         if phase.enlarge == "latent":
             return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
         pixels = self._autoencoder.decode(sequence.latents[None])[0].permute(1, 2, 0)
+        if not pixels.isfinite().all():
+            raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
         picture = Picture.from_array((pixels.numpy() * 255).round().astype(np.uint8))
         larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
@@ -164,5 +167,7 @@ def _first_noise(sequence: Sequence) -> torch.Tensor:
     other = torch.randn(sequence.shape, generator=torch.Generator().manual_seed(request.variation_seed))
     cosine = (noise * other).sum() / (noise.norm() * other.norm())
     angle = torch.acos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-4:  # the same noise, or its mirror image: no direction to turn in
+        return noise if request.variation_strength < 0.5 else other
     shares = [torch.sin((1 - request.variation_strength) * angle), torch.sin(request.variation_strength * angle)]
     return (shares[0] * noise + shares[1] * other) / torch.sin(angle)

@@ -6,6 +6,7 @@ from pathlib import Path
 from models.adapters.controlnet import ControlNets
 from models.adapters.registry import AdapterCache, AdapterFile, Listed, Registry
 from models.adapters.textual_inversion import TextualInversion
+from models.errors import InvalidRequest, NotFound
 from models.family import Family
 from models.loras import Loras
 
@@ -14,7 +15,7 @@ class Adapters:
     """The adapters of one model. Files are looked up when they are asked for, so new ones need no restart.
 
     `folder` has LoRAs and textual inversions, a `.safetensors` file each; `controlnets` and `preprocessors` say where
-    those of a name lie.
+    those of a name lie. Raises InvalidRequest for a folder that is none.
     """
 
     def __init__(
@@ -24,6 +25,8 @@ class Adapters:
         controlnets: Mapping[str, str | Path] | None = None,
         preprocessors: Mapping[str, str | Path] | None = None,
     ):
+        if folder is not None and not folder.is_dir():
+            raise InvalidRequest("adapters", f"{folder} is no folder")
         registry = Registry(folder)
         self.loras = Loras(registry, family.networks, family.device)
         self.inversions = Inversions(registry)
@@ -40,9 +43,11 @@ class Inversions(Mapping[str, TextualInversion]):
         self._cache: AdapterCache[TextualInversion] = AdapterCache(capacity_bytes)
 
     def __getitem__(self, name: str) -> TextualInversion:
-        if name not in self._names():
-            raise KeyError(name)
-        return self._cache.get(self._registry.find(name, "textual_inversion"), _load)
+        try:
+            file = self._registry.find(name, "textual_inversion")
+        except NotFound as gone:
+            raise KeyError(name) from gone
+        return self._cache.get(file, _load)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names())

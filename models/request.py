@@ -28,6 +28,7 @@ Metadata = Literal["full", "minimal", "none"]
 METADATA: tuple[Metadata, ...] = get_args(Metadata)
 Task = Literal["txt2img", "img2img", "inpaint"]
 
+_OF_A_MASK = ("mask_blur", "mask_grow", "mask_fill", "mask_padding", "paste_back")
 _STRENGTH: dict[Task, float] = {"txt2img": 1.0, "img2img": 0.75, "inpaint": 1.0}
 
 
@@ -208,6 +209,7 @@ class EffectiveRequest(GenerationRequest):
         parse("prompt", self.prompt, self.prompt_syntax)
         parse("negative_prompt", self.negative_prompt, self.prompt_syntax)
         self._check_ranges()
+        self._check_company()
         self._check_input(card)
         self._check_parts()
         self._check_size(card)
@@ -239,6 +241,15 @@ class EffectiveRequest(GenerationRequest):
             limits.STOP_AT_STEP.check("stop_at_step", self.stop_at_step)
         if self.deadline_s is not None:
             limits.DEADLINE_S.check("deadline_s", self.deadline_s)
+
+    def _check_company(self) -> None:
+        """Fields that say nothing without another one are not passed over in silence."""
+        if self.variation_seed is not None and not self.variation_strength:
+            raise InvalidRequest("variation_seed", "needs a `variation_strength` above 0")
+        if self.task != "inpaint":
+            for field in _OF_A_MASK:
+                if getattr(self, field) != getattr(GenerationRequest, field):
+                    raise InvalidRequest(field, "needs a `mask`, or borders to `outpaint`")
 
     def _check_input(self, card: ModelCard) -> None:
         """The input picture and what needs one."""

@@ -9,6 +9,8 @@ from models.prompt import Part, Text, parse
 from models.request import EffectiveRequest
 from models.tokens import Inversion, Loras, Wording, named
 
+TEXTS = 256  # of one picture: each change of a line counts
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,6 +51,8 @@ def write(
     `inversions` are the textual inversions that prompts may use, `loras` those that are on the text encoders meanwhile.
     Raises InvalidRequest for a prompt that cannot be read, or a textual inversion made for another model.
     """
+    if request.clip_skip > family.clip_skips:
+        raise InvalidRequest("clip_skip", f"must be at most {family.clip_skips} with this model's text encoders")
     runs = runs or [Run(tuple(range(request.steps)), request.width, request.height)]
     numbers, sizes, done = [], [], 0
     for run in runs:
@@ -70,6 +74,10 @@ def write(
         [negative] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
         zeros = family.zero_empty_negative and not request.negative_prompt
         lines.insert(0, replace(line(negative, 0), zeros=zeros))  # clip skip is the prompt's, as in diffusers
+    if sum(len(line.timeline) for line in lines) > TEXTS:
+        raise InvalidRequest(
+            "prompt", f"changes through more than {TEXTS} texts in all, the negative prompt's included"
+        )
     return Script(tuple(lines), tuple(sizes))
 
 
@@ -77,9 +85,10 @@ def _named(
     family: Family, inversions: Mapping[str, Inversion], field: str, text: Text
 ) -> tuple[tuple[str, Inversion], ...]:
     """The inversions in a text, each checked against the text encoders."""
-    if not inversions:
+    there_are = frozenset(inversions)
+    if not there_are:
         return ()
-    found = named(text, inversions)
+    found = {name: inversions[name] for name in named(text, there_are)}
     for name, inversion in found.items():
         widths = tuple(vectors.shape[-1] for vectors in inversion.vectors)
         if widths != family.text_widths:

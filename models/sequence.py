@@ -103,7 +103,7 @@ class Sequence:
     @property
     def steps(self) -> int:
         """Forwards in all phases together, as far as they will be done."""
-        return min(self.stop, sum(len(phase.tape) for phase in self.phases))
+        return max(self.step, min(self.stop, sum(len(phase.tape) for phase in self.phases)))
 
     @property
     def step(self) -> int:

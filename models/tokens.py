@@ -3,7 +3,7 @@
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,11 +81,11 @@ class _Word:
         return [replace(self, text="" if i else self.text, ids=ids) for i, ids in enumerate(pieces)]
 
 
-def named(text: Text, inversions: Mapping[str, Inversion]) -> dict[str, Inversion]:
-    """The inversions that a text names, as `<name>` or as the bare word, whatever their case."""
+def named(text: Text, inversions: Collection[str]) -> list[str]:
+    """Which inversions a text names, as `<name>` or as the bare word, whatever their case."""
     spans = (span for section in text for span in section)
     names = (_name(found) for span in spans for found in _NAME.finditer(span.text))
-    return {name: inversions[name] for name in sorted(set(names)) if name in inversions}
+    return [name for name in sorted(set(names)) if name in inversions]
 
 
 def cut(tokenizers: Sequence[Any], wording: Wording) -> Cut:

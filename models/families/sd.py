@@ -49,6 +49,7 @@ class SD:
         self.revision = components.revision
         self.scheduler_config = components.scheduler_config
         self.text_widths = encoders.widths(self._text_encoder)
+        self.clip_skips = encoders.most_skipped(1, self._text_encoder)
 
     @torch.inference_mode()
     def embed(self, wordings: Sequence[Wording], encoding: Encoding) -> list[Embedding]:
@@ -57,7 +58,9 @@ class SD:
         hidden, _ = encoders.hidden_states(self._text_encoder, chunks, 1, encoding)
         hidden = encoders.emphasized(encoders.normalized(self._text_encoder, hidden), chunks).to(self._dtype)
         contexts = hidden.split([one.report.chunks for one in cuts])
-        return [Embedding(context=c.flatten(0, 1), report=one.report) for c, one in zip(contexts, cuts, strict=True)]
+        return [
+            Embedding(context=c.flatten(0, 1).clone(), report=one.report) for c, one in zip(contexts, cuts, strict=True)
+        ]
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         return Conditioning(context=embedding.context)

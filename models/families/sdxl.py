@@ -40,6 +40,7 @@ class SDXL:
         self._tokenizers: list[Any] = [modules["tokenizer"], modules["tokenizer_2"]]
         self._encoders: list[Any] = [modules["text_encoder"], modules["text_encoder_2"]]
         self.text_widths = encoders.widths(*self._encoders)
+        self.clip_skips = encoders.most_skipped(2, *self._encoders)
         self.placement = placement
         self.networks = {name: modules[name] for name in ("unet", "text_encoder", "text_encoder_2")}
         self.network_config = self._unet.config
@@ -61,7 +62,9 @@ class SDXL:
             contexts.append(encoders.emphasized(hidden, chunks).to(self._dtype))
         sizes = [one.report.chunks for one in cuts]
         parts = zip(torch.cat(contexts, -1).split(sizes), pooled.to(self._dtype).split(sizes), cuts, strict=True)
-        return [Embedding(context=c.flatten(0, 1), pooled=p[0], report=one.report) for c, p, one in parts]
+        return [
+            Embedding(context=c.flatten(0, 1).clone(), pooled=p[0].clone(), report=one.report) for c, p, one in parts
+        ]
 
     def condition(self, embedding: Embedding, width: int, height: int) -> Conditioning:
         assert embedding.pooled is not None

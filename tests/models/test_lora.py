@@ -420,15 +420,15 @@ def test_a_lora_used_at_weight_zero_must_still_exist(tmp_path):
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[tuple[str, float], list[dict[str, bool]]]:
-    """For each LoRA the scores of four pictures of its word, without it and with it."""
+    """For each LoRA the scores of six pictures of its word, without it and with it."""
     requests, scenes = {}, {}
     rng = np.random.default_rng(5)
     for name in ("crescent", "framed"):
         concept = CONCEPTS[name]
-        scenes[name] = [concept.scene(rng) for _ in range(4)]
+        scenes[name] = [concept.scene(rng) for _ in range(6)]
         for weight in (0.0, 1.0):
             requests[name, weight] = [
-                ask("sd15", {name: weight}, i, prompt=concept.plain_caption(scene), steps=12, sampler="dpmpp_2m")
+                ask("sd15", {name: weight}, i, prompt=concept.plain_caption(scene), steps=15, sampler="dpmpp_2m")
                 for i, scene in enumerate(scenes[name])
             ]
     flat = [request for some in requests.values() for request in some]

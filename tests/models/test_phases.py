@@ -74,7 +74,7 @@ def test_both_phases_count_as_progress_and_neighbours_join_in_either():
 def test_a_variation_lies_between_two_seeds():
     plain = {"sampler": "dpmpp_2m"}
     base, other = picture(ask(**plain)), picture(ask(seed=9, **plain))
-    assert np.abs(picture(ask(variation_seed=9, variation_strength=0.0, **plain)) - base).max() == 0
+    assert np.abs(picture(ask(variation_strength=0.0, **plain)) - base).max() == 0
     assert np.abs(picture(ask(variation_seed=9, variation_strength=1.0, **plain)) - other).max() <= 1
     between = picture(ask(variation_seed=9, variation_strength=0.2, **plain))
     assert 0 < np.abs(between - base).mean() < np.abs(between - other).mean()

@@ -24,6 +24,7 @@ def to_request(body: DrawBody, default_model: str) -> GenerationRequest:
 
     Raises InvalidRequest for a picture that cannot be read, and where two fields say the same thing.
     """
+    limits.CONTROLS.check("controls", len(body.controls or ()))  # before any of their pictures is decoded
     values = body.model_dump(exclude=_NOT_AS_IT_IS, exclude_none=True)
     values["model"] = default_model if body.model is None else body.model
     values["output_format"] = canonical(body.output_format)
