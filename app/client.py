@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 
 from app.settings import ModelSettings, UpscalerSettings
-from models.errors import HeliographError
+from models.errors import HeliographError, InvalidRequest
 from models.events import Event, Failed, Finished, Progress, Timings
 from models.images import MEDIA_TYPES, ImageFormat
 from models.parts import Upscale

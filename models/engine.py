@@ -81,7 +81,8 @@ class Engine:
         self._forwards = 0
         self._seconds_per_work = 0.0  # work is rows times latent positions
         self._faults = 0
-        self._stepped = time.monotonic()
+        self._turned = time.monotonic()
+        self._stepped: list[tuple[Sequence, int]] = []  # in this turn, and the rows that shared the forward
 
     # What callers do
 
@@ -140,7 +141,7 @@ class Engine:
         if self._thread is not None and not self._closed:
             if not self._thread.is_alive():
                 return "the engine's thread has died"
-            if (self._live or self._delivery.queue) and time.monotonic() - self._stepped > _STALL_S:
+            if (self._live or self._delivery.queue) and time.monotonic() - self._turned > _STALL_S:
                 return f"no step finished within {_STALL_S:.0f} s"
         return None
 
@@ -174,19 +175,17 @@ class Engine:
         Returns whether there was anything to do.
         """
         self._drop()
+        self._stepped = []
         batch = self._next_batch()
         self._attempt(self._preparation.join, [sequence for sequence in batch if sequence.history is None])
         joined = [sequence for sequence in batch if sequence.history is not None]
-        stepped: list[tuple[Sequence, torch.Tensor, int]] = []
-        self._attempt(
-            lambda some: stepped.extend(self._denoise(some)), [sequence for sequence in joined if sequence.denoising]
-        )
-        for sequence, estimate, rows in stepped:  # on its own: who fails here has taken the step all the same
-            self._attempt(partial(self._tell_progress, estimate, rows), [sequence])
+        self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
+        for sequence, rows in self._stepped:  # each alone: who fails here has taken the step all the same
+            self._attempt(partial(self._tell_progress, rows), [sequence])
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
         decoding = self._delivery.take()
         self._attempt(self._delivery.decode, decoding)
-        self._stepped = time.monotonic()
+        self._turned = time.monotonic()
         return bool(batch or decoding)
 
     def _run(self) -> None:
@@ -194,7 +193,7 @@ class Engine:
         while not (self._closed and not self._tickets):
             with self._lock:
                 if not self._live and not self._delivery.queue:
-                    self._stepped = time.monotonic()
+                    self._turned = time.monotonic()
                     self._lock.wait(0.1)
             self.step()
 
@@ -244,16 +243,15 @@ class Engine:
         if half:
             self.batcher.set_cap(half[0].shape, sum(sequence.rows for sequence in half))
 
-    def _denoise(self, batch: list[Sequence]) -> list[tuple[Sequence, torch.Tensor, int]]:
-        """One forward. Returns each sequence with the clean latents it expects and the rows that shared."""
+    def _denoise(self, batch: list[Sequence]) -> None:
         started = time.monotonic()
-        clean = self._denoiser.step(batch)
+        self._denoiser.step(batch)
         self._forwards += 1
         self._faults = 0
         rows = sum(sequence.rows for sequence in batch)
         pace = (time.monotonic() - started) / (rows * math.prod(batch[0].shape[1:]))
         self._seconds_per_work = 0.9 * self._seconds_per_work + 0.1 * pace if self._seconds_per_work else pace
-        return [(sequence, estimate, rows) for sequence, estimate in zip(batch, clean, strict=True)]
+        self._stepped += [(sequence, rows) for sequence in batch]
 
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
         """At a phase's end: on to the next one, or to the decoder."""
@@ -268,7 +266,7 @@ class Engine:
 
     # What is told
 
-    def _tell_progress(self, clean: torch.Tensor, rows: int, of: list[Sequence]) -> None:
+    def _tell_progress(self, rows: int, of: list[Sequence]) -> None:
         [sequence] = of
         ticket = self._tickets.get(sequence.ticket)
         if ticket is None or not ticket.progress:
@@ -276,8 +274,8 @@ class Engine:
         progress = Progress(
             index=sequence.index, step=sequence.step, steps=sequence.steps, forward=self._forwards, rows=rows
         )
-        if ticket.preview_every and sequence.step % ticket.preview_every == 0:
-            small = self._autoencoder.preview(clean)
+        if ticket.preview_every and sequence.step % ticket.preview_every == 0 and sequence.estimate is not None:
+            small = self._autoencoder.preview(sequence.estimate)
             scale = max(1, min(self._autoencoder.factor, _PREVIEW_SIDE // max(small.shape[:2])))
             progress = replace(progress, preview=encode_preview(small, scale))
         ticket.on_event(progress)
