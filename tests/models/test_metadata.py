@@ -32,7 +32,7 @@ AWKWARD = {
     "parts": "a cat, Steps: 3, Negative prompt: dog",
     "spaces": "  a cat ",
     "control": "tab\tand\rreturn",
-    "braces": '{"a": 1} <lora:x:1> (cat:1.3) [dog|cat]',
+    "braces": '{"a": 1} <sic:x:1> (cat:1.3) [dog|cat]',
 }
 
 

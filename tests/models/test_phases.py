@@ -30,13 +30,13 @@ def picture(request: GenerationRequest) -> np.ndarray:
 def twice_by_diffusers(request: GenerationRequest, hires: Hires) -> np.ndarray:
     """txt2img, enlargement and img2img by diffusers' pipelines, one generator going through both."""
     xl = request.model == "sdxl"
-    first = pipeline(request.model)
-    second = (diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline)(
-        **first.components, **({} if xl else {"requires_safety_checker": False})
-    )
-    second.set_progress_bar_config(disable=True)
-    scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(first.scheduler.config)
-    first.scheduler = second.scheduler = scheduler
+    shared = pipeline(request.model)
+    parts = shared.components | ({} if xl else {"requires_safety_checker": False})
+    parts["scheduler"] = diffusers.EulerAncestralDiscreteScheduler.from_config(shared.scheduler.config)
+    first = type(shared)(**parts)
+    second = (diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline)(**parts)
+    for pipe in (first, second):
+        pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(request.seed)
     options = {"prompt": request.prompt, "guidance_scale": 7.5, "generator": generator}
     output = "latent" if hires.upscaler == "latent" else "pil"

@@ -108,7 +108,25 @@ def test_an_input_picture_lends_its_size_and_its_default_strength():
     assert resolve(image=picture, width=256).width == 256
 
 
-def test_what_is_not_there_yet_is_refused_and_not_ignored():
-    picture = Picture(width=64, height=64, data=bytes(64 * 64 * 3))
-    with pytest.raises(InvalidRequest, match="mask"):
-        resolve(image=picture, mask=picture)
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"mask_blur": 8}, "mask_blur"),
+        ({"paste_back": False}, "paste_back"),
+        ({"mask_region": "masked"}, "mask_region"),
+        ({"variation_seed": 5}, "variation_seed"),
+        ({"denoise_strength": 0.5}, "denoise_strength"),
+        ({"mask": Picture(width=64, height=64, data=bytes(64 * 64 * 3))}, "mask"),
+    ],
+)
+def test_a_field_that_says_nothing_alone_is_refused_and_not_ignored(fields, field):
+    with pytest.raises(InvalidRequest, match="needs") as refused:
+        resolve(**fields)
+    assert refused.value.field == field
+
+
+def test_tags_of_loras_are_moved_out_of_the_prompt():
+    request = resolve(prompt="a red circle <lora:moon:0.5>")
+    assert "<lora" not in request.prompt
+    assert [(use.name, use.weight) for use in request.adapters] == [("moon", 0.5)]
+    assert resolve(prompt="a <lora:moon:0.5>", prompt_syntax="plain").prompt == "a <lora:moon:0.5>"
