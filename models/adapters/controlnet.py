@@ -275,7 +275,7 @@ def _from_file(file: Path, base: Mapping[str, Any], placement: Placement) -> Any
     first = widths["controlnet_cond_embedding.conv_in.weight"]
     config["conditioning_embedding_out_channels"] = (first, *(width for i, width in blocks if i % 2))
     with init_empty_weights():
-        network = ControlNetModel(**config)
+        network: Any = ControlNetModel(**config)
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -113,7 +113,8 @@ def _misfit(name: str, base: str, detail: str) -> InvalidRequest:
 def _renamed(name: str, tensors: dict[str, Tensor], unet: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors by peft's names, each with its network's in front; and kohya's alphas by the layers' paths."""
     try:
-        converted, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=unet.config)
+        read: Any = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=unet.config)
+        converted, alphas = read
         if not any(key.startswith((UNET, "text_encoder")) for key in converted):
             converted = {f"{UNET}.{key}": tensor for key, tensor in converted.items()}  # as save_attn_procs wrote it
         downs = {key: float(alpha) for key, alpha in _alphas_by_down(alphas or {}).items()}
