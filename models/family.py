@@ -42,6 +42,10 @@ class Conditioning:
 Encoding = Callable[[Sequence[Loras]], AbstractContextManager[None]]
 
 
+Residuals = tuple[list[torch.Tensor], torch.Tensor]
+"""What is added to a UNet's own: after each layer of its encoder, and after the middle."""
+
+
 class Family(Protocol):
     """An architecture with weights. Called from one thread only; keeps nothing of a request."""
 
@@ -77,13 +81,30 @@ class Family(Protocol):
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         rows: Conditioning,
-        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        residuals: Residuals | None = None,
     ) -> torch.Tensor:
         """The network: latents (r, c, h, w), timesteps (r,), conditioning stacked over r -> prediction, float32.
 
-        `residuals` are added to its own: after each layer of its encoder, and after the middle (ControlNet).
+        `residuals` are those of ControlNets, added up.
         """
         ...
+
+
+def run_unet(
+    unet: Any, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning, residuals: Residuals | None
+) -> torch.Tensor:
+    """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none."""
+    down, mid = residuals or (None, None)
+    return unet(
+        latents.to(unet.dtype),
+        timesteps,
+        rows.context,
+        encoder_attention_mask=rows.mask,
+        added_cond_kwargs=dict(rows.added),
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+        return_dict=False,
+    )[0].float()
 
 
 def takes_mask(unet: Any, channels: int) -> bool:

@@ -20,12 +20,10 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors.torch import load_file
 
 from models.errors import InvalidRequest, NotFound
-from models.family import Conditioning
+from models.family import Conditioning, Residuals
 from models.parts import ControlUse
 from models.preprocessors import preprocess
 from models.weights import Placement, check_safetensors, component_files, from_folder, read_json, refusing
-
-Residuals = tuple[list[torch.Tensor], torch.Tensor]  # after each layer of the encoder, and after the middle
 
 # What has to be as in the UNet, for the residuals to fit and to mean what it expects.
 SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")

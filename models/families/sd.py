@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from models import encoders
 from models.autoencoder import Autoencoder
-from models.family import Conditioning, Embedding, Encoding, takes_mask
+from models.family import Conditioning, Embedding, Encoding, Residuals, run_unet, takes_mask
 from models.tokens import Wording, cut
 from models.weights import Components, Placement, Source
 from models.weights import load as load_weights
@@ -70,15 +70,6 @@ class SD:
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         rows: Conditioning,
-        residuals: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        down, mid = residuals or (None, None)
-        return self._unet(
-            latents.to(self._dtype),
-            timesteps,
-            rows.context,
-            encoder_attention_mask=rows.mask,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-            return_dict=False,
-        )[0].float()
+        return run_unet(self._unet, latents, timesteps, rows, residuals)

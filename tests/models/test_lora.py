@@ -23,7 +23,7 @@ from models.loras import Loras
 from models.parts import AdapterUse
 from models.registered import Adapters
 from models.request import GenerationRequest
-from tests.models.conftest import folder, loaded_family, new_engine
+from tests.models.conftest import drawn, folder, loaded_family, new_engine
 
 SHIPPED = Path("models/embedded/loras")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -365,10 +365,6 @@ def ask(model: str, uses: dict[str, float], seed: int = 3, **fields) -> Generati
     return GenerationRequest(
         **{"model": model, "schedule": "default", "guidance_scale": 5.0, "seed": seed, "adapters": adapters} | fields
     )
-
-
-def drawn(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # the second of two
