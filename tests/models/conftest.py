@@ -14,6 +14,8 @@ from models import families
 from models.card import ModelCard
 from models.engine import Engine
 from models.images import Picture
+from models.request import GenerationRequest
+from models.samplers import SAMPLERS, SCHEDULES
 
 FAMILIES = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl"}
 
@@ -37,6 +39,29 @@ def pipeline(name: str) -> diffusers.DiffusionPipeline:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def reference(kind: str, parts: dict[str, object], request: GenerationRequest, **options: object) -> np.ndarray:
+    """What a pipeline of diffusers', named like a class of theirs less its family and "Pipeline", draws of a request.
+
+    The parts are shared and stay as they are: the scheduler is the call's own.
+    """
+    xl = "tokenizer_2" in parts
+    named = SAMPLERS[request.sampler]
+    config = dict(parts["scheduler"].config) | dict(named.options) | dict(SCHEDULES[request.schedule])
+    scheduler = getattr(diffusers, named.scheduler).from_config(config)
+    made = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline")
+    pipe = made(**parts | {"scheduler": scheduler}, **({} if xl else {"requires_safety_checker": False}))
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        request.prompt,
+        negative_prompt=request.negative_prompt or None,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        **options,
+    ).images
+    return np.asarray(images[0]).astype(int)
 
 
 def bare(rows: object) -> nullcontext[None]:

@@ -4,7 +4,6 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -27,8 +26,7 @@ from models.parts import ControlUse, Hires
 from models.preprocessors import preprocess
 from models.registered import Adapters
 from models.request import GenerationRequest
-from models.samplers import SAMPLERS
-from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline
+from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline, reference
 
 MODELS = ("sd15", "sdxl")
 STEPS = 5
@@ -107,11 +105,8 @@ def cases(model: str) -> dict[str, GenerationRequest]:
 
 def by_diffusers(request: GenerationRequest, other: dict[str, Path]) -> np.ndarray:
     """The picture that diffusers' own ControlNet pipeline draws."""
-    model, base = request.model, pipeline(request.model)
-    xl, from_picture = model == "sdxl", request.image is not None
-    kind = f"StableDiffusion{'XL' if xl else ''}{'ControlNet' if request.controls else ''}"
-    kind += ("Img2Img" if from_picture else "") + "Pipeline"
-    more = {} if xl else {"requires_safety_checker": False}
+    model, parts, from_picture = request.model, dict(pipeline(request.model).components), request.image is not None
+    kind = ("ControlNet" if request.controls else "") + ("Img2Img" if from_picture else "")
     options = {"height": 128, "width": 128} if not from_picture else {"strength": request.denoise_strength}
     if request.controls:
         where = {"canny": canny(model), "other": other[model]}
@@ -123,21 +118,10 @@ def by_diffusers(request: GenerationRequest, other: dict[str, Path]) -> np.ndarr
         options["control_guidance_end"] = [use.end for use in request.controls]
         if len(nets) == 1:
             options["controlnet_conditioning_scale"] = request.controls[0].weight
-        more["controlnet"] = nets if len(nets) > 1 else nets[0]
+        parts["controlnet"] = nets if len(nets) > 1 else nets[0]
     if request.image is not None:
         options["image"] = Image.fromarray(request.image.array())
-    pipe = getattr(diffusers, kind)(**base.components, **more)
-    pipe.set_progress_bar_config(disable=True)
-    named = SAMPLERS[request.sampler]
-    pipe.scheduler = getattr(diffusers, named.scheduler).from_config(dict(base.scheduler.config) | dict(named.options))
-    images = pipe(
-        request.prompt,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed),
-        **options,
-    ).images
-    return np.asarray(images[0]).astype(int)
+    return reference(kind, parts, request, **options)
 
 
 def hint_of(use: ControlUse, side: int = 128) -> Image.Image:

@@ -21,7 +21,7 @@ from models.images import Picture
 from models.parts import Outpaint
 from models.request import GenerationRequest
 from models.samplers import SAMPLERS
-from tests.models.conftest import FAMILIES, folder, new_engine, pipeline
+from tests.models.conftest import FAMILIES, folder, new_engine, pipeline, reference
 
 SIDE = 128
 STEPS = 4
@@ -68,27 +68,17 @@ def drawn(engine: Engine, requests: list[GenerationRequest]) -> list[np.ndarray]
 
 
 def by_diffusers(request: GenerationRequest, components: dict) -> np.ndarray:
-    xl = "tokenizer_2" in components
-    kind = diffusers.StableDiffusionXLInpaintPipeline if xl else diffusers.StableDiffusionInpaintPipeline
-    named = SAMPLERS[request.sampler]
-    config = dict(components["scheduler"].config) | dict(named.options)
-    scheduler = getattr(diffusers, named.scheduler).from_config(config)
-    pipe = kind(**components | {"scheduler": scheduler}, **({} if xl else {"requires_safety_checker": False}))
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
+    return reference(
+        "Inpaint",
+        components,
+        request,
         image=Image.fromarray(request.image.array()),
         mask_image=Image.fromarray(request.mask.array()).convert("L"),
         width=request.width or SIDE,
         height=request.height or SIDE,
         strength=request.denoise_strength,
         padding_mask_crop=request.mask_padding if request.mask_region == "masked" else None,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed),
-    ).images
-    return np.asarray(images[0]).astype(int)
+    )
 
 
 def away(picture: np.ndarray, other: np.ndarray) -> int:

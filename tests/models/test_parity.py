@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from models.request import GenerationRequest
-from models.samplers import SAMPLERS, SCHEDULES
-from tests.models.conftest import drawn, new_engine, pipeline, sketch
+from models.samplers import SAMPLERS
+from tests.models.conftest import drawn, new_engine, pipeline, reference, sketch
 
 MODELS = ("sd15", "sd21", "sdxl")
 STEPS = 6
@@ -46,27 +45,12 @@ def cases(model: str) -> list[Case]:
 
 
 def by_diffusers(request: GenerationRequest) -> np.ndarray:
-    pipe = pipeline(request.model)
-    options = {"negative_prompt": request.negative_prompt or None, "clip_skip": request.clip_skip or None}
+    parts, clip_skip = pipeline(request.model).components, request.clip_skip or None
     if request.image is None:
-        options |= {"height": 128, "width": 128, "guidance_rescale": request.guidance_rescale}
-    else:
-        xl = request.model == "sdxl"
-        kind = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
-        pipe = kind(**pipe.components, **({} if xl else {"requires_safety_checker": False}))
-        pipe.set_progress_bar_config(disable=True)
-        options |= {"image": Image.fromarray(request.image.array()), "strength": request.denoise_strength}
-    named = SAMPLERS[request.sampler]
-    base = dict(pipeline(request.model).scheduler.config) | dict(named.options) | dict(SCHEDULES[request.schedule])
-    pipe.scheduler = getattr(diffusers, named.scheduler).from_config(base)
-    images = pipe(
-        request.prompt,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed),
-        **options,
-    ).images
-    return np.asarray(images[0]).astype(int)
+        options = {"height": 128, "width": 128, "guidance_rescale": request.guidance_rescale}
+        return reference("", parts, request, clip_skip=clip_skip, **options)
+    options = {"image": Image.fromarray(request.image.array()), "strength": request.denoise_strength}
+    return reference("Img2Img", parts, request, clip_skip=clip_skip, **options)
 
 
 @pytest.fixture(scope="module")

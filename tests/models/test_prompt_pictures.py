@@ -10,8 +10,7 @@ import torch
 from models.errors import InvalidRequest
 from models.request import GenerationRequest
 from models.samplers import SAMPLERS, SCHEDULES
-from tests.models.conftest import new_engine, pipeline
-from tests.models.test_parity import drawn
+from tests.models.conftest import drawn, new_engine, pipeline
 
 FILLER = ", " * 150
 
