@@ -197,6 +197,7 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
             settings.located_adapters,
             settings.located_controlnets,
             preprocessors=settings.located_preprocessors,
+            lora_bytes=settings.lora_cache_mib * 2**20,
         )
         engine = Engine(family, settings.card(), max_waiting=settings.max_waiting, adapters=adapters)
         if warm_up:

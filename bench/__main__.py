@@ -49,7 +49,7 @@ def main(
     the embedded sd15 in float32; bench/README.md says how and why.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of optional packages whenever it is imported
-    from bench import report  # imported here because torch takes seconds and --help needs none
+    from bench import readme, report  # imported here because torch takes seconds and --help needs none
     from bench.experiment import Experiment
 
     plan = Plan.make(
@@ -72,7 +72,7 @@ def main(
             report.write(experiment.results, out)
     report.show(experiment.results, console)
     if publish:
-        report.publish(experiment.results)
+        readme.publish("measured", report.markdown(experiment.results))
 
 
 if __name__ == "__main__":

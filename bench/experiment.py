@@ -65,7 +65,7 @@ class Experiment:
             case "E":
                 return InProcess.embedded(threads)
             case _:
-                return Server(threads, self._cap)
+                return Server(threads, max_rows=self._cap)  # None: it measures its own
 
     async def _calibrate(self, serial: Serial) -> None:
         """B0's isolated latencies, from which everyone's deadlines follow, and the batch times that tune B1."""

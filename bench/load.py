@@ -9,6 +9,7 @@ from bench.contender import Contender, Work
 from models.request import GenerationRequest
 
 ATTAINMENT = 0.95  # the share of requests that must be in time
+ONE_BY_ONE_S = 0.005  # between requests sent "at once": everyone gets them in one order, which decides about the tail
 Done = Callable[[], None]
 
 
@@ -76,8 +77,9 @@ class Load:
 
     @classmethod
     def saturating(cls, requests: Sequence[GenerationRequest]) -> "Load":
-        """Everything at once, no deadlines."""
-        return cls(requests=requests, arrivals_s=[0.0] * len(requests), limits_s=[math.inf] * len(requests))
+        """Everything at once, but in order; no deadlines."""
+        arrivals_s = [ONE_BY_ONE_S * i for i in range(len(requests))]
+        return cls(requests=requests, arrivals_s=arrivals_s, limits_s=[math.inf] * len(requests))
 
     @property
     def late_allowed(self) -> int:

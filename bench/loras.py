@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from bench import readme
+
 if TYPE_CHECKING:
     import torch
 
     from bench.report import Sheet
     from models.request import GenerationRequest
 
-BEGIN, END = "<!-- loras: begin -->", "<!-- loras: end -->"
 BATCH = 8
 # What kohya's trainer adapts when nothing else is said: all of the attention blocks, and the text encoder.
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -70,17 +71,7 @@ def main(
     (out / "loras.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     (out / "loras.md").write_text(text + "\n")
     if publish:
-        put_into(Path(__file__).with_name("README.md"), text)
-
-
-def put_into(readme: Path, text: str) -> None:
-    """Replaces what stands between the two marks. Raises ValueError where they are missing."""
-    text_before = readme.read_text()
-    if BEGIN not in text_before or END not in text_before:
-        raise ValueError(f"{readme} has no marks for this table")
-    before, _, rest = text_before.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        readme.publish("loras", text)
 
 
 def measure(ways: dict[str, tuple[str, Callable[[], None]]], rounds: int) -> list[Measured]:

@@ -10,8 +10,6 @@ from rich.table import Table
 
 from bench.results import BASELINES, Capacity, Measured, Results, Saturated, WorkloadResults, ratio
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOTHING = "–"
 RATIOS_TITLE = "Ratios of saturated throughput, and of capacity; best of B is the better of B0 and B1"
 COLUMNS = (
@@ -153,10 +151,3 @@ def write(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
     (folder / "bench.md").write_text(markdown(results) + "\n")
-
-
-def publish(results: Results, readme: Path = README) -> None:
-    """Replaces what stands between the two marks in README."""
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}")

@@ -13,6 +13,7 @@ from typing import Any, Self
 import httpx2
 import yaml
 
+from bench.inprocess import MAX_WAITING
 from bench.workloads import MODEL
 from models.request import GenerationRequest
 
@@ -29,10 +30,9 @@ class Server:
     name = "H"
     title = "Heliograph, through HTTP"
 
-    def __init__(self, threads: int, max_rows: int | None = None):
-        """`max_rows` is the engine's cap; it measures its own where that is None."""
-        self._threads = threads
-        self._max_rows = max_rows
+    def __init__(self, threads: int, **settings: Any):
+        """`settings` are those of the model that differ from the repository's."""
+        self._settings = {"threads": threads, "max_waiting": MAX_WAITING} | settings
 
     async def __aenter__(self) -> Self:
         # Ended from outside, this process must stop what it has started; ray's own handler for the signal would not.
@@ -41,7 +41,7 @@ class Server:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
         config = Path(self._folder.name) / "serve_config.yaml"
-        config.write_text(yaml.safe_dump(one_model(yaml.safe_load(CONFIG.read_text()), self._threads, self._max_rows)))
+        config.write_text(yaml.safe_dump(one_model(yaml.safe_load(CONFIG.read_text()), self._settings)))
         port = _free_port()
         self._log = (Path(self._folder.name) / "log").open("wb")
         command = ("-c", "from app.cli import main; main()", "serve", "--config", str(config), "--port", str(port))
@@ -88,20 +88,29 @@ class Server:
     async def generate(self, request: GenerationRequest) -> bytes:
         values = asdict(request)
         body = {field: values[field] for field in FIELDS}
-        response = await self._client.post("/v1/generate", json=body, headers={"Accept": "image/png"})
+        return await self.post("/v1/generate", body, accept="image/png")
+
+    async def post(self, path: str, body: dict[str, Any], accept: str = "application/json") -> bytes:
+        """The answer to a request. Raises RuntimeError for any but 200."""
+        response = await self._client.post(path, json=body, headers={"Accept": accept})
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code} {response.text}")
         return response.content
+
+    @property
+    def pid(self) -> int:
+        """The process that everything else belongs to."""
+        return self._process.pid
 
     async def work(self) -> None:
         """A client does not see it."""
 
 
-def one_model(config: dict[str, Any], threads: int, max_rows: int | None) -> dict[str, Any]:
-    """The configuration with only the benchmarked model, the others' threads and cap, a queue that refuses nobody."""
+def one_model(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with only the benchmarked model, which has these settings besides its own."""
     applications = [a for a in config["applications"] if not a["name"].startswith("model-") or MODEL in a["name"]]
     model = next(a for a in applications if a["name"] == f"model-{MODEL}")
-    model["args"] |= {"threads": threads, "max_waiting": 100_000, "max_rows": max_rows}
+    model["args"] |= settings
     gateway = next(a for a in applications if a["name"] == "gateway")
     gateway["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
     return {**config, "applications": applications}

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from models.adapters.controlnet import ControlBatch
 from models.adapters.lora import Mix
 from models.conditioning import stack
-from models.family import Conditioning, Family
+from models.family import Conditioning, Family, Residuals
 from models.loras import Loras
+from models.rowwise import RowThreads
 from models.sequence import Kept, Sequence
 from models.tapes import HISTORY, M, Tape, Z
 
@@ -55,6 +57,7 @@ class Denoiser:
     def __init__(self, family: Family, loras: Loras):
         self._family = family
         self._loras = loras
+        self._share = RowThreads(family.device, torch.get_num_threads())
         self._batch: _Batch | None = None
 
     @torch.inference_mode()
@@ -71,9 +74,9 @@ class Denoiser:
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
         seen, when = inputs[batch.owners], timesteps[batch.owners]
-        residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences])
+        residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences], self._share)
         with self._loras.denoising(batch.mixes):
-            outputs = self._family.predict(seen, when, batch.rows, residuals)
+            [outputs] = self._share(partial(self._predict, seen, when, batch.rows, residuals), seen)
         m = _guide(outputs, batch)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m
@@ -87,6 +90,13 @@ class Denoiser:
         clean = estimates[:, 0, None, None, None] * x + estimates[:, 1, None, None, None] * m
         self._advance(batch, after, clean)
         return clean
+
+    def _predict(
+        self, seen: torch.Tensor, when: torch.Tensor, rows: Conditioning, residuals: Residuals | None, part: slice
+    ) -> tuple[torch.Tensor]:
+        down, mid = residuals or ((), None)
+        own = None if mid is None else ([each[part] for each in down], mid[part])
+        return (self._family.predict(seen[part], when[part], rows.part(part), own),)
 
     def _assemble(self, sequences: list[Sequence]) -> _Batch:
         """The batch for these sequences; the last one again, when nobody has joined or left since."""

@@ -38,6 +38,13 @@ class Conditioning:
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
 
+    def part(self, rows: slice) -> "Conditioning":
+        """Some rows of what is stacked over rows."""
+        added = {name: tensor[rows] for name, tensor in self.added.items()}
+        return Conditioning(
+            context=self.context[rows], added=added, mask=None if self.mask is None else self.mask[rows]
+        )
+
 
 Encoding = Callable[[Sequence[Loras]], AbstractContextManager[None]]
 

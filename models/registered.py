@@ -8,14 +8,15 @@ from models.adapters.registry import AdapterCache, AdapterFile, Listed, Registry
 from models.adapters.textual_inversion import TextualInversion
 from models.errors import InvalidRequest, NotFound
 from models.family import Family
-from models.loras import Loras
+from models.loras import CAPACITY_BYTES, Loras
 
 
 class Adapters:
     """The adapters of one model. Files are looked up when they are asked for, so new ones need no restart.
 
     `folder` has LoRAs and textual inversions, a `.safetensors` file each; `controlnets` and `preprocessors` say where
-    those of a name lie. Raises InvalidRequest for a folder that is none.
+    those of a name lie; `lora_bytes` is how much memory LoRAs may take that are kept for later. Raises InvalidRequest
+    for a folder that is none.
     """
 
     def __init__(
@@ -24,11 +25,12 @@ class Adapters:
         folder: Path | None = None,
         controlnets: Mapping[str, str | Path] | None = None,
         preprocessors: Mapping[str, str | Path] | None = None,
+        lora_bytes: int = CAPACITY_BYTES,
     ):
         if folder is not None and not folder.is_dir():
             raise InvalidRequest("adapters", f"{folder} is no folder")
         registry = Registry(folder)
-        self.loras = Loras(registry, family.networks, family.device)
+        self.loras = Loras(registry, family.networks, family.device, lora_bytes)
         self.inversions = Inversions(registry)
         self.controlnets = ControlNets(
             controlnets or {}, family.network_config, family.placement, preprocessors=preprocessors

@@ -14,8 +14,9 @@ from bench.capacity import COARSE, highest, search
 from bench.contender import Work
 from bench.load import Load, Outcome, Run, drive
 from bench.machine import Machine
+from bench.readme import publish
 from bench.replay import FIFO, BatchCosts, Batching, Trace, best_for_saturation
-from bench.report import BEGIN, END, markdown, publish
+from bench.report import markdown
 from bench.results import Capacity, Measured, OpenLoop, Results, Saturated, WorkloadResults
 from bench.workloads import (
     EQUAL,
@@ -196,7 +197,7 @@ def test_batch_costs_add_up_by_groups_and_lie_between_what_was_measured():
     assert best_for_saturation(trace, costs.batch_s)[1].max_size > 1
 
 
-def test_the_tables_are_put_between_the_marks_and_say_what_was_not_measured(tmp_path):
+def test_the_tables_say_what_was_not_measured():
     trial = OpenLoop(rate=0.5, attainment=1.0, p50_s=1.0, p99_s=2.0, rows_per_forward=None)
     baseline = Measured(
         contender="B0",
@@ -216,14 +217,18 @@ def test_the_tables_are_put_between_the_marks_and_say_what_was_not_measured(tmp_
     results = Results(machine=Machine.here(2), command="python -m bench", seed=1, workloads=[workload], drift=0.5)
     assert "| mixed steps | 2.50 | 2.50 | – | 2.00 |" in markdown(results)
     assert "not worth keeping" in markdown(results)
+    assert "| E | 2.50 | 9.0 | 0.80 |" in markdown(results)
+
+
+def test_a_table_replaces_what_stands_between_its_own_marks(tmp_path):
+    text = "before\n<!-- one: begin -->\n{}\n<!-- one: end -->\nbetween\n<!-- two: begin -->\n<!-- two: end -->\n"
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    publish(results, readme)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| E | 2.50 | 9.0 | 0.80 |" in text
+    readme.write_text(text.format("old"))
+    publish("one", "new", readme)
+    assert readme.read_text() == text.format("new")
+    with pytest.raises(ValueError, match="marks"):
+        publish("three", "new", readme)
+    assert readme.read_text() == text.format("new")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers on numpy 2

@@ -1,8 +1,6 @@
 """The LoRA benchmark's own honesty: taken in turns, the median counts, and the table says whose share of whom."""
 
-import pytest
-
-from bench.loras import BEGIN, END, Measured, measure, put_into, sheet_of
+from bench.loras import Measured, measure, sheet_of
 
 
 def found(**seconds: float) -> list[Measured]:
@@ -24,18 +22,3 @@ def test_ways_are_measured_in_turns_and_the_first_round_does_not_count():
     measured = measure({name: (name, lambda name=name: calls.append(name)) for name in "ab"}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert [one.name for one in measured] == ["a", "b"]
-
-
-def test_a_table_replaces_what_stands_between_its_own_marks(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    put_into(readme, "new")
-    assert readme.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-
-
-def test_a_readme_without_marks_is_left_alone(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing\n")
-    with pytest.raises(ValueError, match="marks"):
-        put_into(readme, "new")
-    assert readme.read_text() == "nothing\n"

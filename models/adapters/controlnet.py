@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from models.errors import InvalidRequest, NotFound
 from models.family import Conditioning, Residuals
 from models.parts import ControlUse
 from models.preprocessors import preprocess
+from models.rowwise import RowThreads
 from models.weights import Placement, check_safetensors, component_files, from_folder, read_json, refusing
 
 # What has to be as in the UNet, for the residuals to fit and to mean what it expects.
@@ -187,7 +188,12 @@ class ControlBatch:
         self._plan: tuple[Any, list[_Call]] = (None, [])
 
     def residuals(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning, positions: Sequence[int]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Conditioning,
+        positions: Sequence[int],
+        share: RowThreads,
     ) -> Residuals | None:
         """What is added to the UNet's own residuals at this evaluation, for all rows; None where nothing acts.
 
@@ -195,9 +201,8 @@ class ControlBatch:
         """
         sums: list[torch.Tensor] = []
         for call in self._calls(rows, positions):
-            its_rows = _pick(rows, call)
-            down, mid = call.net.residuals(latents[call.rows], timesteps[call.rows], its_rows, call.features)
-            parts = [*down, mid]
+            its = latents[call.rows], timesteps[call.rows], _pick(rows, call), call.features
+            parts = share(partial(_run, call.net, *its), its[0])
             sums = sums or [part.new_zeros(len(latents), *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
                 total.index_add_(0, call.rows, part * call.weights)
@@ -234,6 +239,18 @@ class ControlBatch:
         if self._lengths[0] is not rows.mask:
             self._lengths = rows.mask, rows.mask.sum(1).tolist()
         return self._lengths[1]
+
+
+def _run(
+    net: ControlNet,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    rows: Conditioning,
+    features: torch.Tensor,
+    part: slice,
+) -> tuple[torch.Tensor, ...]:
+    down, mid = net.residuals(latents[part], timesteps[part], rows.part(part), features[part])
+    return *down, mid
 
 
 def _pick(rows: Conditioning, call: _Call) -> Conditioning:

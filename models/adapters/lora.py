@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from models.errors import InvalidRequest
+from models.rowwise import part
 
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -82,8 +83,8 @@ def load(name: str, sha256: str, data: bytes, networks: Mapping[str, nn.Module])
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, ValueError) as error:
         raise _refusal(name, f"is not a complete .safetensors file: {error}") from error
-    for part, kind in OTHER_KINDS.items():
-        if key := next((key for key in tensors if part in key), None):
+    for mark, kind in OTHER_KINDS.items():
+        if key := next((key for key in tensors if mark in key), None):
             raise _refusal(name, f"is a {kind} ({key}); of its kind only LoRA and LoCon are supported")
     base = str(metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture") or "")
     found, alphas = _renamed(name, tensors, networks[UNET])
@@ -277,7 +278,7 @@ class LoraLayers:
         if gathered:
             values = values[index]
         self._hooks = {
-            path: _hook(self._modules[path], *_factors(values, slot), None if gathered else index, len(mixes))
+            path: _hook(self._modules[path], *_factors(values, slot), None if gathered else index)
             for path, slot in stack.layout.items()
         }
         self._stack, self._rows = stack, mixes
@@ -329,37 +330,38 @@ def _factors(values: Tensor, slot: _Slot) -> tuple[Tensor, Tensor]:
     return down, values[:, slot.middle : slot.end].unflatten(1, (slot.outputs, slot.rank))
 
 
-def _hook(module: nn.Module, down: Tensor, up: Tensor, index: Tensor | None, rows: int) -> Callable[..., None]:
+def _hook(module: nn.Module, down: Tensor, up: Tensor, index: Tensor | None) -> Callable[..., None]:
     """What adds each row's part to the layer's output, in place.
 
     `index` (rows,) says which mix is whose; without one `down` and `up` hold a mix for each row already.
     """
 
     def rows_of(factors: Tensor) -> Tensor:
-        return factors if index is None else factors[index]
+        return factors[part()] if index is None else factors[index[part()]]
 
     def linear(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = inputs[0].reshape(rows, -1, inputs[0].shape[-1])
-        low = torch.bmm(rows_of(down), x.mT)  # (rows, rank, tokens): this way round it takes a CPU half the time
-        output.view(rows, -1, output.shape[-1]).baddbmm_(low.mT, rows_of(up).mT)
+        mine = rows_of(down)
+        x = inputs[0].reshape(len(mine), -1, inputs[0].shape[-1])
+        low = torch.bmm(mine, x.mT)  # (rows, rank, tokens): this way round it takes a CPU half the time
+        output.view(len(mine), -1, output.shape[-1]).baddbmm_(low.mT, rows_of(up).mT)
 
     def pointwise(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         low = torch.bmm(rows_of(down), inputs[0].flatten(2))
         output.flatten(2).baddbmm_(rows_of(up), low)
 
     def windowed(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        x = inputs[0]
+        x, mine = inputs[0], rows_of(down)
         assert isinstance(module, nn.Conv2d)
         # A convolution in groups, of which each sees one row's channels with that row's weights.
         low = conv2d(
             x.reshape(1, -1, *x.shape[2:]),
-            rows_of(down).reshape(rows * down.shape[1], -1, *module.kernel_size),
+            mine.reshape(-1, *mine.shape[2:]),
             stride=module.stride,
             padding=module.padding,
             dilation=module.dilation,
-            groups=rows,
+            groups=len(mine),
         )
-        output.flatten(2).baddbmm_(rows_of(up), low.view(rows, up.shape[2], -1))
+        output.flatten(2).baddbmm_(rows_of(up), low.view(len(mine), up.shape[2], -1))
 
     if isinstance(module, nn.Linear):
         return linear
