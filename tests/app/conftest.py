@@ -14,6 +14,7 @@ from app import ingress
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
+from models import png
 from models.card import ModelCard
 from models.errors import Cancelled, HeliographError
 from models.events import Failed, Finished, Progress, Timings
@@ -29,6 +30,14 @@ CARDS = {
 ADAPTERS = (AdapterDescription(name="moon", kind="lora", models=("sd15",), base="sd15", sha256="ab" * 32, bytes=1234),)
 UPSCALER = UpscalerCard(names=("lanczos", "2x"), default="2x", max_output_pixels=1024 * 1024)
 TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
+
+
+def claimed(width: int, height: int, colour: int = 6) -> bytes:
+    """A PNG with a header, of colour type 6 RGBA, and not a pixel: what a header tells is told, decoding it fails."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
+    packed = (struct.pack(">I", len(b)) + kind + b + struct.pack(">I", crc32(kind + b)) for kind, b in chunks)
+    return png.SIGNATURE + b"".join(packed)
 
 
 class MemoryRouter:
