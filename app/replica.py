@@ -4,6 +4,7 @@ torch is imported when a replica is made, never when this module is: Serve's own
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -136,7 +137,7 @@ class Chain:
             self._events.put_nowait(event)
 
     async def _send_on(self, picture: Finished) -> None:
-        request = self._request
+        request, began = self._request, time.monotonic()
         assert request.upscale is not None
         try:
             one = request.sample(picture.index)
@@ -152,7 +153,8 @@ class Chain:
             event = Failed(error=GenerationFailed("engine_fault", f"enlarging the picture failed: {fault!r}"))
         else:
             size = {"width": larger.width, "height": larger.height}
-            event = replace(picture, data=larger.data, format=larger.format, **size)
+            timings = replace(picture.timings, upscale_s=time.monotonic() - began)
+            event = replace(picture, data=larger.data, format=larger.format, timings=timings, **size)
         self._events.put_nowait(event)
 
     async def _enlarged(self, data: bytes, wanted: Upscale, text: dict[str, str]) -> Upscaled:

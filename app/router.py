@@ -51,6 +51,10 @@ class Router:
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format."""
         try:
+    async def check_upscaler(self) -> None:
+        """Raises GenerationFailed where nothing enlarges: before a picture is drawn for it."""
+        await self._upscaler.check("; leave out `upscale` to draw without it")
+
             async with asyncio.timeout(self._request_timeout_s):
                 return await self._upscaler.upscale(picture, wanted, format)
         except TimeoutError as late:
@@ -162,6 +166,20 @@ class UpscalerRoute:
             if attempts > 1:
                 return await self.upscale(picture, wanted, format, text, attempts - 1)
             raise GenerationFailed(
+    async def check(self, way_out: str = "") -> None:
+        """Raises GenerationFailed, and names the way out, where nothing runs or wakes that enlarges."""
+        state = await self._states.of_application(UPSCALER_APPLICATION)
+        if state in ("missing", "failed"):
+            self._handle = None
+            raise _unavailable("the upscaler", state, way_out)
+
+    async def check(self) -> None:
+        """Raises GenerationFailed where nothing runs or wakes that enlarges."""
+        state = await self._states.of_application(UPSCALER_APPLICATION)
+        if state in ("missing", "failed"):
+            self._handle = None
+            raise _unavailable("the upscaler", state, "; without `upscale`, pictures are drawn all the same")
+
                 "replica_lost", "the upscaler died while it worked on the picture; send it again"
             ) from death
         if isinstance(answer, Failed):
@@ -171,10 +189,7 @@ class UpscalerRoute:
     async def _attempt(
         self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None
     ) -> Upscaled | Failed:
-        state = await self._states.of_application(UPSCALER_APPLICATION)
-        if state in ("missing", "failed"):
-            self._handle = None
-            raise _unavailable("the upscaler", state)
+        await self.check()
         if self._handle is None:
             make = partial(serve.get_deployment_handle, UPSCALER_DEPLOYMENT, app_name=UPSCALER_APPLICATION)
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
@@ -242,9 +257,9 @@ def _is_repeated(event: ReplicaEvent, delivered: set[int], attempt: int) -> bool
     return not isinstance(event, Failed) and event.index in delivered
 
 
-def _unavailable(what: str, state: str) -> GenerationFailed:
+def _unavailable(what: str, state: str, way_out: str = "") -> GenerationFailed:
     why = "its application is not deployed" if state == "missing" else "it failed to start; see `serve status`"
-    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}")
+    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}{way_out}")
 
 
 def _typed(fault: Exception, what: str) -> HeliographError:

@@ -1,5 +1,6 @@
 """Everything a dialect may ask: generate, stream, models. Knows neither HTTP nor Ray; the router is handed to it."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -28,6 +29,8 @@ class Router(Protocol):
     async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
+
+    async def check_upscaler(self) -> None: ...
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
 
@@ -68,6 +71,7 @@ class GenerationResult:
             encode_s=max(t.encode_s for t in spent),
             denoise_s=max(t.denoise_s for t in spent),
             decode_s=max(t.decode_s for t in spent),
+            upscale_s=max((t.upscale_s for t in spent if t.upscale_s is not None), default=None),
         )
 
 
@@ -142,7 +146,7 @@ class Service:
     async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = self._with_upscaler(request.resolve(self.card(request.model)))
+        effective = await self._with_upscaler(request.resolve(self.card(request.model)))
         images: dict[int, Finished] = {}
         async with aclosing(self._router.generate(effective, progress, id)) as events:
             async for event in events:
@@ -171,7 +175,10 @@ class Service:
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
-        return await self._router.upscale(picture, self.upscaler.resolve(wanted), format)
+        card = self.upscaler
+        wanted = card.resolve(wanted)
+        await asyncio.to_thread(card.check, picture, wanted.scale, format)  # before it is sent anywhere
+        return await self._router.upscale(picture, wanted, format)
 
     @property
     def upscaler(self) -> UpscalerCard:
@@ -180,14 +187,14 @@ class Service:
             raise NotFound("this server has no upscaler")
         return self._upscaler
 
-    def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
+    async def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
         """The request with its upscaler named; what could not be enlarged in the end is refused before it is drawn."""
         if request.upscale is None:
             return request
         upscale = self.upscaler.resolve(request.upscale, "upscale.")
-        if request.mask_region == "whole":  # else the picture has another size than what is drawn
-            self.upscaler.check_input(*request.largest, "width")
-            self.upscaler.enlarged(*request.largest, upscale.scale, "upscale.")
+        self.upscaler.check_input(*request.delivered, "width" if request.delivered == request.largest else "image")
+        self.upscaler.enlarged(*request.delivered, upscale.scale, "upscale.")
+        await self._router.check_upscaler()
         return replace(request, upscale=upscale)
 
     async def models(self) -> list[ModelDescription]:

@@ -53,6 +53,7 @@ class MemoryRouter:
         self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
         self.refusal: HeliographError | None = None
         self.failure: HeliographError | None = None
+        self.upscaler_fault: HeliographError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.left = 0
@@ -91,6 +92,10 @@ class MemoryRouter:
         finally:
             del self.running[id]
             self.left += 1
+    async def check_upscaler(self) -> None:
+        if self.upscaler_fault:
+            raise self.upscaler_fault
+
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         self.upscales.append(wanted)
@@ -116,7 +121,7 @@ class MemoryRouter:
             width=request.width,
             height=request.height,
             revision="abc",
-            timings=TIMINGS,
+            timings=replace(TIMINGS, upscale_s=0.5) if request.upscale else TIMINGS,
             prompts={"prompt": PromptReport(tokens=2, chunks=1, truncated="")},
             warnings=("prompt truncated",) if "truncate" in request.prompt else (),
         )

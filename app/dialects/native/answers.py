@@ -167,9 +167,9 @@ def _image(image: Finished) -> dict[str, Any]:
 
 
 def _timings(timings: Timings, total_s: float) -> dict[str, float]:
-    """Seconds, by stage and from end to end."""
-    stages = {field.name.removesuffix("_s"): round(getattr(timings, field.name), 4) for field in fields(timings)}
-    return stages | {"total": round(total_s, 4)}
+    """Seconds, by stage that there was and from end to end."""
+    stages = {field.name.removesuffix("_s"): getattr(timings, field.name) for field in fields(timings)}
+    return {stage: round(spent, 4) for stage, spent in (stages | {"total": total_s}).items() if spent is not None}
 
 
 def _limits() -> dict[str, Any]:
