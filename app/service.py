@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -22,11 +22,11 @@ _ID = re.compile("[0-9a-f]{32}")
 
 
 class Router(Protocol):
-    """Brings a request to a replica of its model, and the replica's events back; finds a running one by its id."""
+    """Brings a request to a replica of its model, and the replica's events back; ends a running one by its id."""
 
     def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]: ...
 
-    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool: ...
+    async def end(self, ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
 
@@ -221,5 +221,5 @@ class Service:
         await self._end("cancel", id)
 
     async def _end(self, ending: Ending, id: str) -> None:
-        if not (_ID.fullmatch(id) and await self._router.tell(self._cards, ending, id)):
+        if not (_ID.fullmatch(id) and await self._router.end(ending, id)):
             raise NotFound("no request of that id is running; a stream's `queued` event tells the id")

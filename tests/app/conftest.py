@@ -57,17 +57,16 @@ class MemoryRouter:
         self.gate = asyncio.Event()
         self.gate.set()
         self.left = 0
+        self.packed: Callable[[bytes], bytes] = bytes
         self.running: dict[str, str] = {}  # how each is to end, by id
 
     async def state(self, model: str) -> ModelState:
         return self.states[model]
 
-    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
-        assert set(models) == set(CARDS)
+    async def end(self, ending: Ending, id: str) -> bool:
         if id in self.running:
             self.running[id] = ending
             self.gate.set()
-        self.packed: Callable[[bytes], bytes] = bytes
         return id in self.running
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
@@ -92,10 +91,10 @@ class MemoryRouter:
         finally:
             del self.running[id]
             self.left += 1
+
     async def check_upscaler(self) -> None:
         if self.upscaler_fault:
             raise self.upscaler_fault
-
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         self.upscales.append(wanted)
