@@ -101,7 +101,7 @@ class Router:
                 for answer in asyncio.as_completed([_answer(replica, ending, id) for replica in replicas]):
                     if await answer:
                         return True
-        except TimeoutError:
+        except (TimeoutError, RayError):  # Ray's own services are silent, or being replaced
             pass
         return False
 
