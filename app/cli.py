@@ -104,7 +104,7 @@ def generate(
 ) -> None:
     """Draw PROMPT, through a server or with --local.
 
-    The picture's format is the file's: .png, .jpg or .webp.
+    The picture's format is the file's: .png, .jpg, .webp or .avif.
     """
     body = {"prompt": prompt, "output_format": _format(output)} | to_body(options)
     _save(_generate(body, address, local, config), output)
@@ -126,7 +126,7 @@ def _generate(body: dict[str, Any], address: str, local: bool, config: Path) -> 
 
 
 def _save(events: Iterator[Any], output: Path) -> None:
-    """Writes each picture as it comes; the bar counts the steps of all of them."""
+    """Writes the pictures when all are there, since their names say how many; a bar for each counts its steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from models.events import Finished

@@ -121,6 +121,7 @@ def upscale_locally(
     """Enlarges in this process. Raises the errors of models/errors.py."""
     from app.upscaler import start_networks
 
+    settings.card().check(picture, wanted.scale, format)
     return start_networks(settings).upscale(picture, wanted, on_tile=on_tile).encode(format)
 
 

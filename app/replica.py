@@ -4,11 +4,13 @@ torch is imported when a replica is made, never when this module is: Serve's own
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from app.events import Admitted, ReplicaEvent, Upscaled
+from app import endings
+from app.events import Admitted, Ending, ReplicaEvent, Upscaled
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
 from models import metadata
@@ -25,7 +27,6 @@ class Model:
 
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
-        self._listening: dict[str, asyncio.Queue[Event]] = {}
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
         self._upscaler = UpscalerRoute()
 
@@ -56,32 +57,26 @@ class Model:
         except asyncio.CancelledError:
             submitting.add_done_callback(lambda _: self._engine.cancel(id))
             raise
-        self._listening[id] = events
+
+        def end(ending: Ending) -> None:
+            if ending == "accept":
+                self._engine.accept(id)
+            else:
+                loop.call_soon_threadsafe(events.put_nowait, Failed(error=Cancelled()))
+
         try:
-            yield Admitted(waiting=waiting, revision=self._engine.revision)
-            unfinished = request.samples
-            while unfinished:
-                event = await events.get()
-                yield event
-                if isinstance(event, Failed):
-                    return
-                unfinished -= isinstance(event, Finished)
+            with endings.alive(id, end):
+                yield Admitted(waiting=waiting, revision=self._engine.revision)
+                unfinished = request.samples
+                while unfinished:
+                    event = await events.get()
+                    yield event
+                    if isinstance(event, Failed):
+                        return
+                    unfinished -= isinstance(event, Finished)
         finally:
-            del self._listening[id]
             self._engine.cancel(id)
             chain.close()
-
-    async def accept(self, id: str) -> bool:
-        """Ends a request with the present estimate of each picture. False where no such request runs here."""
-        if id in self._listening:
-            self._engine.accept(id)
-        return id in self._listening
-
-    async def cancel(self, id: str) -> bool:
-        """Ends a request with Cancelled for whoever listens. False where no such request runs here."""
-        if id in self._listening:
-            self._listening[id].put_nowait(Failed(error=Cancelled("the request was cancelled by its id")))
-        return id in self._listening
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how busy it is."""
@@ -136,7 +131,7 @@ class Chain:
             self._events.put_nowait(event)
 
     async def _send_on(self, picture: Finished) -> None:
-        request = self._request
+        request, began = self._request, time.monotonic()
         assert request.upscale is not None
         try:
             one = request.sample(picture.index)
@@ -152,7 +147,8 @@ class Chain:
             event = Failed(error=GenerationFailed("engine_fault", f"enlarging the picture failed: {fault!r}"))
         else:
             size = {"width": larger.width, "height": larger.height}
-            event = replace(picture, data=larger.data, format=larger.format, **size)
+            timings = replace(picture.timings, upscale_s=time.monotonic() - began)
+            event = replace(picture, data=larger.data, format=larger.format, timings=timings, **size)
         self._events.put_nowait(event)
 
     async def _enlarged(self, data: bytes, wanted: Upscale, text: dict[str, str]) -> Upscaled:

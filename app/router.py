@@ -1,4 +1,4 @@
-"""From a model's name to its replicas and back: cached handles, deadlines, one retry when a replica dies.
+"""From a model's name to its replicas and back: cached handles, deadlines, one retry when a replica dies, early ends.
 
 Ray's exceptions end here: what leaves is an event or an error of models/errors.py.
 """
@@ -6,22 +6,25 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.request_router import ReplicaID
+from ray.util import list_named_actors
 
+from app import endings
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.running import Running
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
-from models.events import Failed, Finished
+from models.events import Failed
 from models.images import ImageFormat
-from models.limits import DEADLINE_S
 from models.parts import Upscale
 from models.request import EffectiveRequest
 
@@ -31,7 +34,7 @@ STATUS_AGE_S = 1.0
 STATUS_PATIENCE_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
-TELL_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
+END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
 
 
 class Router:
@@ -48,6 +51,10 @@ class Router:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
 
+    async def check_upscaler(self) -> None:
+        """Raises GenerationFailed where nothing enlarges: before a picture is drawn for it."""
+        await self._upscaler.check("; leave out `upscale` to draw without it")
+
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format."""
         try:
@@ -59,69 +66,81 @@ class Router:
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out."""
-        deadline = time.monotonic() + self._patience_s(request)
-        delivered: set[int] = set()
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with aclosing(self._attempt(request, progress, id, deadline)) as events:
-                    async for event in events:
-                        if not _is_repeated(event, delivered, attempt):
-                            yield event
-                        if isinstance(event, Finished):
-                            delivered.add(event.index)
-                return
-            except RayActorError as death:
-                if attempt == ATTEMPTS:
-                    raise GenerationFailed(
-                        "replica_lost", "the replica died while it worked on the request; send it again"
-                    ) from death
+        running = Running(request, self._patience_s(request))
+        with endings.alive(id, running.end):
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    async with aclosing(self._attempt(running, progress, id)) as events:
+                        async for event in events:
+                            if not running.has_told(event):
+                                yield event
+                            running.note(event)
+                    return
+                except RayActorError as death:
+                    if attempt == ATTEMPTS:
+                        raise GenerationFailed(
+                            "replica_lost", "the replica died while it worked on the request; send it again"
+                        ) from death
 
-    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
-        """Asks every replica of the models to end a request. False where none of them has it.
+    async def end(self, ending: Ending, id: str) -> bool:
+        """Ends a request, wherever it is. False where nobody has it.
 
-        Nobody knows which replica it is on: another gateway may have sent it there.
+        Every replica is asked, of gateways and of models: another gateway may have the request; its replica may have
+        died, so that only its gateway has it at the moment, or drain, so that no handle leads there.
         """
-        return any(await asyncio.gather(*(self._tell(model, ending, id) for model in models)))
+        here = endings.end(ending, id)
+        if here and ending == "cancel":  # the gateway that has the request takes it back from the replica
+            return True
+        return await self._ask(ending, id) or here
 
-    async def _tell(self, model: str, ending: Ending, id: str) -> bool:
-        if await self._states.of(model) != "ready":
-            return False
+    async def _ask(self, ending: Ending, id: str) -> bool:
+        """Whether a replica has the request; those that are silent count as not."""
         try:
-            handle = await self._handle(model)
-            asked = handle.broadcast(ending, id)
-            answers = await asked.results_async(timeout_s=TELL_PATIENCE_S, return_exceptions=True)
-        except (GenerationFailed, RayError, RayServeException, TimeoutError):  # nothing of it runs any more
-            return False
-        return any(answer is True for answer in answers)
+            async with asyncio.timeout(END_PATIENCE_S):
+                replicas = await asyncio.get_running_loop().run_in_executor(None, self._replicas)
+                for answer in asyncio.as_completed([_answer(replica, ending, id) for replica in replicas]):
+                    if await answer:
+                        return True
+        except (TimeoutError, RayError):  # Ray's own services are silent, or being replaced
+            pass
+        return False
+
+    def _replicas(self) -> list[Any]:
+        """The actors of all replicas of all deployments. Blocks."""
+        found = []
+        named: list[Any] = list_named_actors(all_namespaces=True)
+        for actor in named:
+            if ReplicaID.is_full_id_str(actor["name"]):
+                try:
+                    found.append(ray.get_actor(actor["name"], actor["namespace"]))
+                except ValueError:  # gone since
+                    continue
+        return found
 
     def _patience_s(self, request: EffectiveRequest) -> float:
         if request.deadline_s is None:
             return self._request_timeout_s
         return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
 
-    async def _attempt(
-        self, request: EffectiveRequest, progress: bool, id: str, deadline: float
-    ) -> AsyncGenerator[ReplicaEvent, None]:
-        left_s = deadline - time.monotonic()
-        if request.deadline_s is not None:
-            request = replace(request, deadline_s=max(DEADLINE_S.low, min(request.deadline_s, left_s)))
-        response = None
+    async def _attempt(self, running: Running, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+        model, response = running.request.model, None
         try:
-            async with asyncio.timeout(left_s):
-                handle = await self._handle(request.model)
-                response = handle.generate.remote(request, progress, id)
+            async with running.patience():
+                handle = await self._handle(model)
+            accepted = running.accepted
+            response = handle.generate.remote(running.request, progress, id)
             while True:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with running.patience():
                     event = await anext(response, None)
                 if event is None:
                     return
+                if isinstance(event, Admitted) and running.accepted and not accepted:  # while no replica knew of it
+                    await self.end("accept", id)
                 yield event
-        except TimeoutError as late:
-            raise GenerationFailed("deadline", "the pictures were not finished in time") from late
         except RayActorError:
             raise
         except (RayError, RayServeException) as fault:
-            raise _typed(fault, f"model {request.model}") from fault
+            raise _typed(fault, f"model {model}") from fault
         finally:
             if response is not None:
                 response.cancel()
@@ -147,6 +166,13 @@ class UpscalerRoute:
         self._states = states or _States()
         self._handle: Any = None
 
+    async def check(self, way_out: str = "") -> None:
+        """Raises GenerationFailed, and names the way out, where nothing runs or wakes that enlarges."""
+        state = await self._states.of_application(UPSCALER_APPLICATION)
+        if state in ("missing", "failed"):
+            self._handle = None
+            raise _unavailable("the upscaler", state, way_out)
+
     async def upscale(
         self,
         picture: bytes,
@@ -171,10 +197,7 @@ class UpscalerRoute:
     async def _attempt(
         self, picture: bytes, wanted: Upscale, format: ImageFormat, text: Mapping[str, str] | None
     ) -> Upscaled | Failed:
-        state = await self._states.of_application(UPSCALER_APPLICATION)
-        if state in ("missing", "failed"):
-            self._handle = None
-            raise _unavailable("the upscaler", state)
+        await self.check()
         if self._handle is None:
             make = partial(serve.get_deployment_handle, UPSCALER_DEPLOYMENT, app_name=UPSCALER_APPLICATION)
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
@@ -236,15 +259,21 @@ def _state(overview: Any) -> ModelState:
     return "failed" if overview.status == "UNHEALTHY" else "cold"
 
 
-def _is_repeated(event: ReplicaEvent, delivered: set[int], attempt: int) -> bool:
-    if isinstance(event, Admitted):
-        return attempt > 1
-    return not isinstance(event, Failed) and event.index in delivered
+async def _answer(replica: Any, ending: Ending, id: str) -> bool:
+    try:
+        return await replica.__ray_call__.remote(_end, ending, id)
+    except RayError:  # it died: nothing runs there any more
+        return False
 
 
-def _unavailable(what: str, state: str) -> GenerationFailed:
+def _end(_: Any, ending: Ending, id: str) -> bool:
+    """Runs in the replica's process; Ray hands it the actor."""
+    return endings.end(ending, id)
+
+
+def _unavailable(what: str, state: str, way_out: str = "") -> GenerationFailed:
     why = "its application is not deployed" if state == "missing" else "it failed to start; see `serve status`"
-    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}")
+    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}{way_out}")
 
 
 def _typed(fault: Exception, what: str) -> HeliographError:

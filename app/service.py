@@ -1,9 +1,10 @@
 """Everything a dialect may ask: generate, stream, models. Knows neither HTTP nor Ray; the router is handed to it."""
 
+import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -21,13 +22,15 @@ _ID = re.compile("[0-9a-f]{32}")
 
 
 class Router(Protocol):
-    """Brings a request to a replica of its model, and the replica's events back; finds a running one by its id."""
+    """Brings a request to a replica of its model, and the replica's events back; ends a running one by its id."""
 
     def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]: ...
 
-    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool: ...
+    async def end(self, ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
+
+    async def check_upscaler(self) -> None: ...
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
 
@@ -68,6 +71,7 @@ class GenerationResult:
             encode_s=max(t.encode_s for t in spent),
             denoise_s=max(t.denoise_s for t in spent),
             decode_s=max(t.decode_s for t in spent),
+            upscale_s=max((t.upscale_s for t in spent if t.upscale_s is not None), default=None),
         )
 
 
@@ -142,7 +146,7 @@ class Service:
     async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = self._with_upscaler(request.resolve(self.card(request.model)))
+        effective = await self._with_upscaler(request.resolve(self.card(request.model)))
         images: dict[int, Finished] = {}
         async with aclosing(self._router.generate(effective, progress, id)) as events:
             async for event in events:
@@ -171,7 +175,10 @@ class Service:
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
-        return await self._router.upscale(picture, self.upscaler.resolve(wanted), format)
+        card = self.upscaler
+        wanted = card.resolve(wanted)
+        await asyncio.to_thread(card.check, picture, wanted.scale, format)  # before it is sent anywhere
+        return await self._router.upscale(picture, wanted, format)
 
     @property
     def upscaler(self) -> UpscalerCard:
@@ -180,14 +187,14 @@ class Service:
             raise NotFound("this server has no upscaler")
         return self._upscaler
 
-    def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
+    async def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
         """The request with its upscaler named; what could not be enlarged in the end is refused before it is drawn."""
         if request.upscale is None:
             return request
         upscale = self.upscaler.resolve(request.upscale, "upscale.")
-        if request.mask_region == "whole":  # else the picture has another size than what is drawn
-            self.upscaler.check_input(*request.largest, "width")
-            self.upscaler.enlarged(*request.largest, upscale.scale, "upscale.")
+        self.upscaler.check_input(*request.delivered, "width" if request.delivered == request.largest else "image")
+        self.upscaler.enlarged(*request.delivered, upscale.scale, "upscale.")
+        await self._router.check_upscaler()
         return replace(request, upscale=upscale)
 
     async def models(self) -> list[ModelDescription]:
@@ -214,5 +221,5 @@ class Service:
         await self._end("cancel", id)
 
     async def _end(self, ending: Ending, id: str) -> None:
-        if not (_ID.fullmatch(id) and await self._router.tell(self._cards, ending, id)):
+        if not (_ID.fullmatch(id) and await self._router.end(ending, id)):
             raise NotFound("no request of that id is running; a stream's `queued` event tells the id")

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar, get_args
 
@@ -19,9 +19,12 @@ from models.errors import Cancelled, InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
+Written = TypeVar("Written")
 
 MAX_PARTS = 64  # of a multipart body
 MAX_FIELD_BYTES = 1024 * 1024  # of a text field in it
+LARGE_BYTES = 256 * 1024  # what takes longer than half a millisecond to put into JSON
+_PIECE_BYTES = 3 * LARGE_BYTES  # of base64: threes, so that pieces put together are one text
 
 
 async def read_json(request: Request, body: type[Body]) -> Body:
@@ -97,7 +100,14 @@ def decode_base64(text: str, field: str) -> bytes:
 
 
 def encode_base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+    """In pieces: in a thread, one that is large would not let the others run before it is done."""
+    pieces = (base64.b64encode(data[at : at + _PIECE_BYTES]) for at in range(0, len(data), _PIECE_BYTES))
+    return b"".join(pieces).decode("ascii")
+
+
+async def written(size: int, write: Callable[[], Written]) -> Written:
+    """What `write` makes of pictures of `size` bytes: of large ones in a thread, since the loop is everybody's."""
+    return write() if size <= LARGE_BYTES else await asyncio.to_thread(write)
 
 
 def json_response(values: Any, headers: Mapping[str, str] | None = None) -> Response:

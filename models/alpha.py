@@ -13,8 +13,7 @@ from scipy.ndimage import distance_transform_edt
 
 from models import exif, png
 from models.decoding import decoded
-from models.errors import InvalidRequest
-from models.images import ImageFormat, encode
+from models.images import ImageFormat, check_transparency, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +48,7 @@ class Layers:
         """As `models.images.encode`. Raises InvalidRequest where the picture is transparent and the format never is."""
         if self.alpha is None:
             return encode(self.colour, format, text)
-        if format == "jpeg":
-            raise InvalidRequest("output_format", "jpeg has no transparency and this picture has; ask for png or webp")
+        check_transparency(format)
         rgba = np.dstack([self.colour, self.alpha])
         if format == "png":
             return png.write(rgba, text)

@@ -7,7 +7,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -18,6 +18,7 @@ from models.errors import InvalidRequest
 
 READABLE = ("PNG", "JPEG", "WEBP", "AVIF")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
+MAX_REQUEST_PIXELS = 2 * MAX_INPUT_PIXELS  # of all pictures of a request: the largest one and its mask
 _LARGE_PIXELS = 4 * 1024 * 1024
 _MAX_SCANS = 64  # of a progressive JPEG; ten are usual, and each costs a pass over the whole picture
 _BARE_MARKERS = (0x00, 0x01, *range(0xD0, 0xDA))  # JPEG's markers without a length
@@ -48,6 +49,19 @@ def opened(encoded: bytes, field: str) -> Iterator[Image.Image]:
         raise InvalidRequest(field, f"must have at most {MAX_INPUT_PIXELS} pixels") from bomb
     except _DAMAGE as damage:
         raise InvalidRequest(field, "is not a readable PNG, JPEG, WebP or AVIF picture") from damage
+
+
+def check_together(pictures: Mapping[str, bytes]) -> None:
+    """Raises InvalidRequest, naming the first that is too many, where the encoded pictures by field are more than
+    MAX_REQUEST_PIXELS together: each alone may be decoded, all of them would take gigabytes. No pixel is decoded here.
+    """
+    pixels = 0
+    for field, encoded in pictures.items():
+        with opened(encoded, field) as image:
+            pixels += image.width * image.height
+        if pixels > MAX_REQUEST_PIXELS:
+            allowed = f"at most {MAX_REQUEST_PIXELS} pixels"
+            raise InvalidRequest(field, f"is too much: all pictures of a request together must have {allowed}")
 
 
 @contextmanager

@@ -27,12 +27,14 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Seconds a picture spent in each stage: waiting, text and picture encoding, denoising, decoding and packing."""
+    """Seconds a picture spent in each stage: waiting, text and picture encoding, denoising, decoding and packing, and
+    enlarging, its wait for the upscaler included; None where it was not enlarged."""
 
     queued_s: float
     encode_s: float
     denoise_s: float
     decode_s: float
+    upscale_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

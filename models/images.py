@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, features
 
 from models import exif, png
 from models.decoding import decoded, opened
+from models.errors import InvalidRequest
 
 ImageFormat = Literal["png", "jpeg", "webp", "avif"]
 FORMATS: tuple[ImageFormat, ...] = tuple(f for f in get_args(ImageFormat) if f != "avif" or features.check("avif"))
@@ -83,11 +84,13 @@ def alpha_mask(encoded: bytes, field: str = "image") -> Picture | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What an encoded picture says of itself: its format, its upright size, and the texts it carries by keyword."""
+    """What an encoded picture says of itself: its format, its upright size, whether parts of it may be transparent, and
+    the texts it carries by keyword."""
 
     format: str
     width: int
     height: int
+    transparent: bool
     text: Mapping[str, str]
 
 
@@ -102,7 +105,14 @@ def inspect(encoded: bytes, field: str = "image") -> Inspection:
         if image.format == "PNG":
             text |= png.read_text(encoded)
         format = "jpeg" if image.format == "MPO" else str(image.format).lower()
-        return Inspection(format=format, width=width, height=height, text=text)
+        transparent = image.has_transparency_data
+        return Inspection(format=format, width=width, height=height, transparent=transparent, text=text)
+
+
+def check_transparency(format: ImageFormat) -> None:
+    """Raises InvalidRequest for a format that no transparent picture can be given in."""
+    if format == "jpeg":
+        raise InvalidRequest("output_format", "jpeg has no transparency and this picture has; ask for png or webp")
 
 
 def encode(array: np.ndarray, format: ImageFormat, text: Mapping[str, str] | None = None) -> bytes:

@@ -63,6 +63,10 @@ class Outpaint:
         if not (self.left or self.right or self.top or self.bottom):
             raise InvalidRequest(field, "must grow the picture on one side at least")
 
+    def grown(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of a picture after it has grown."""
+        return width + self.left + self.right, height + self.top + self.bottom
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hires:

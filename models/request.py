@@ -145,7 +145,7 @@ class GenerationRequest:
         return card.width if self.width is None else self.width, card.height if self.height is None else self.height
 
     def _grown(self, image: Picture, outpaint: Outpaint) -> tuple[int, int]:
-        grown = (image.width + outpaint.left + outpaint.right, image.height + outpaint.top + outpaint.bottom)
+        grown = outpaint.grown(image.width, image.height)
         for field, asked, side in zip(("width", "height"), (self.width, self.height), grown, strict=True):
             if asked not in (None, side):
                 raise InvalidRequest(field, f"must be left out or {side}, to which the outpainted picture grows")
@@ -186,6 +186,14 @@ class EffectiveRequest(GenerationRequest):
         if self.hires is None:
             return self.width, self.height
         return self.hires.enlarged(self.width), self.hires.enlarged(self.height)
+
+    @property
+    def delivered(self) -> tuple[int, int]:
+        """(width, height) of each picture that comes of it, before an upscaler: what is drawn, or what it is put back
+        into."""
+        if self.image is None or self.task != "inpaint" or not self.paste_back:
+            return self.largest
+        return (self.outpaint or Outpaint()).grown(self.image.width, self.image.height)
 
     def sample(self, index: int) -> "EffectiveRequest":
         """The request for picture `index` alone."""

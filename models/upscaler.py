@@ -77,8 +77,8 @@ class Upscaler:
         where the network's output is not finite or memory runs out.
         """
         wanted = self.card.resolve(wanted)
+        self.card.check(encoded, wanted.scale)
         picture = Layers.read(encoded)
-        self.card.check_input(*picture.size)
         size = self.card.enlarged(*picture.size, wanted.scale)
         if wanted.model == LANCZOS:
             on_tile(0, 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from models import limits
 from models.errors import InvalidRequest, NotFound
+from models.images import ImageFormat, check_transparency, inspect
 from models.parts import Upscale
 
 LANCZOS = "lanczos"  # always there, and needs no weights
@@ -28,6 +29,14 @@ class UpscalerCard:
         if model not in self.names:
             raise NotFound(f"there is no upscaler {model!r}; the upscalers are: {', '.join(self.names)}")
         return Upscale(scale=wanted.scale, model=model)
+
+    def check(self, encoded: bytes, scale: float, format: ImageFormat | None = None) -> None:
+        """Raises InvalidRequest for a picture that cannot be enlarged, or not in that format: by its header alone."""
+        seen = inspect(encoded)
+        self.check_input(seen.width, seen.height)
+        self.enlarged(seen.width, seen.height, scale)
+        if format is not None and seen.transparent:
+            check_transparency(format)
 
     def check_input(self, width: int, height: int, field: str = "image") -> None:
         """Raises InvalidRequest, naming `field`, for a picture that is too large to begin with."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}
 START_TIMEOUT_S = 280.0  # two cores that others use as well
 STOP_TIMEOUT_S = 90.0
 
@@ -34,10 +36,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address and its process."""
+    """A running server: its address, its process, its configuration and the address of Ray's dashboard."""
 
     address: str
     pid: int
+    config: Path
+    dashboard: str
 
     def post(self, **body: Any) -> httpx2.Response:
         return httpx2.post(f"{self.address}/v1/generate", json={"prompt": "a red circle"} | body, timeout=300)
@@ -50,9 +54,9 @@ class Server:
             assert answer.status_code == 200, answer.read()
             yield _events(answer.iter_lines())
 
-    def replicas(self, model: str) -> list[psutil.Process]:
-        """The processes that run a model."""
-        title = f"ray::ServeReplica:model-{model}"
+    def replicas(self, application: str = "") -> list[psutil.Process]:
+        """The processes that run an application; those of all of them unless it is said."""
+        title = f"ray::ServeReplica:{application}"
         return [p for p in psutil.Process(self.pid).children(recursive=True) if _title(p).startswith(title)]
 
 
@@ -94,13 +98,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shipped = (ROOT / "serve_config.yaml").read_text()
     config.write_text(shipped.replace("&sd15\n", "&sd15\n      max_rows: 16\n"))
     command = [sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", str(port)]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(process, address, log)
-        yield Server(address, process.pid)
+        yield Server(address, process.pid, config, _dashboard_when_ready(process, address, log))
         _stop(process, log)
     finally:
         if process.poll() is None:
@@ -108,13 +110,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.wait(timeout=STOP_TIMEOUT_S)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _dashboard_when_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> str:
+    """The address of Ray's dashboard, which the server tells once it is ready."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
-            if httpx2.get(f"{address}/readyz", timeout=5).status_code == 200:
-                return
+            told = re.findall(r"serve status -a (http://\S+)", log.read_text())
+            if told and httpx2.get(f"{address}/readyz", timeout=5).status_code == 200:
+                return told[0]
         except httpx2.HTTPError:
             pass
         time.sleep(0.5)

@@ -40,7 +40,7 @@ def test_a_killed_replica_is_replaced_and_nothing_hangs(server: Server):
     for thread in asking:
         thread.start()
     time.sleep(0.5)
-    (replica,) = server.replicas("sd15")
+    (replica,) = server.replicas("model-sd15")
     replica.kill()
     killed = time.monotonic()
     while server.post(steps=1).status_code != 200:

@@ -1,7 +1,10 @@
 """A small service in memory: a router that draws flat pictures, so that the whole gateway runs without Ray or torch."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+import struct
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
+from zlib import crc32
 
 import httpx2
 import numpy as np
@@ -11,6 +14,7 @@ from app import ingress
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
+from models import png
 from models.card import ModelCard
 from models.errors import Cancelled, HeliographError
 from models.events import Failed, Finished, Progress, Timings
@@ -28,11 +32,19 @@ UPSCALER = UpscalerCard(names=("lanczos", "2x"), default="2x", max_output_pixels
 TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 
 
+def claimed(width: int, height: int, colour: int = 6) -> bytes:
+    """A PNG with a header, of colour type 6 RGBA, and not a pixel: what a header tells is told, decoding it fails."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
+    packed = (struct.pack(">I", len(b)) + kind + b + struct.pack(">I", crc32(kind + b)) for kind, b in chunks)
+    return png.SIGNATURE + b"".join(packed)
+
+
 class MemoryRouter:
     """Draws the seed as a colour, enlarges by Lanczos.
 
     `refusal` comes first, `failure` after a step; `gate` holds the pictures back until somebody opens it, or ends a
-    request.
+    request. Encoded pictures go through `packed`.
     """
 
     def __init__(self):
@@ -41,16 +53,17 @@ class MemoryRouter:
         self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
         self.refusal: HeliographError | None = None
         self.failure: HeliographError | None = None
+        self.upscaler_fault: HeliographError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.left = 0
+        self.packed: Callable[[bytes], bytes] = bytes
         self.running: dict[str, str] = {}  # how each is to end, by id
 
     async def state(self, model: str) -> ModelState:
         return self.states[model]
 
-    async def tell(self, models: Iterable[str], ending: Ending, id: str) -> bool:
-        assert set(models) == set(CARDS)
+    async def end(self, ending: Ending, id: str) -> bool:
         if id in self.running:
             self.running[id] = ending
             self.gate.set()
@@ -79,6 +92,10 @@ class MemoryRouter:
             del self.running[id]
             self.left += 1
 
+    async def check_upscaler(self) -> None:
+        if self.upscaler_fault:
+            raise self.upscaler_fault
+
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         self.upscales.append(wanted)
         try:
@@ -87,7 +104,7 @@ class MemoryRouter:
             await self.gate.wait()
             small = Picture.from_bytes(picture)
             large = small.resized(round(small.width * wanted.scale), round(small.height * wanted.scale))
-            data = encode(large.array(), format)
+            data = self.packed(encode(large.array(), format))
             return Upscaled(data=data, format=format, width=large.width, height=large.height, model=str(wanted.model))
         finally:
             self.left += 1
@@ -98,12 +115,12 @@ class MemoryRouter:
         return Finished(
             index=index,
             seed=seed,
-            data=encode(array, request.output_format),
+            data=self.packed(encode(array, request.output_format)),
             format=request.output_format,
             width=request.width,
             height=request.height,
             revision="abc",
-            timings=TIMINGS,
+            timings=replace(TIMINGS, upscale_s=0.5) if request.upscale else TIMINGS,
             prompts={"prompt": PromptReport(tokens=2, chunks=1, truncated="")},
             warnings=("prompt truncated",) if "truncate" in request.prompt else (),
         )

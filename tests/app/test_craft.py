@@ -15,7 +15,7 @@ from app.dialects import native
 from models.images import Picture
 from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
-from tests.app.conftest import MemoryRouter
+from tests.app.conftest import MemoryRouter, claimed
 
 
 def png(value: int, mode: str = "RGB", size: tuple[int, int] = (96, 64)) -> bytes:
@@ -223,6 +223,24 @@ async def test_every_endpoint_answers_in_every_form(client: httpx2.AsyncClient):
         assert Image.open(io.BytesIO(picture.content)).format == "WEBP"
         stream = await client.post(path, json=body | {"stream": True})
         assert "event: done" in stream.text
+
+
+async def test_pictures_that_are_too_large_together_are_refused_undecoded(client: httpx2.AsyncClient):
+    """Each may have 64 Mi pixels; all of a request 128 Mi. These have headers and no pixels: they cannot be decoded."""
+    large, half = text(claimed(8192, 8192)), text(claimed(8192, 4096))
+    control = {"name": "canny", "image": large}
+    for fields, field in (
+        ({"image": large, "mask": large, "controls": [{"name": "canny", "image": IMAGE}]}, "controls.0.image"),
+        ({"image": IMAGE, "controls": [control, control]}, "controls.1.image"),
+        ({"image": half, "mask": half, "controls": [control, {"name": "canny", "image": IMAGE}]}, "controls.1.image"),
+    ):
+        named, message = await refusal(client, "/v1/generate", prompt="x", **fields)
+        assert (named, "at most 134217728 pixels" in message) == (field, True)
+    for fields in ({"image": large, "mask": large}, {"controls": [control, control]}):
+        assert "not a readable" in (await refusal(client, "/v1/generate", prompt="x", **fields))[1]
+    files = {name: ("file", claimed(8192, 8192)) for name in ("image", "mask", "control_image_0")}
+    answer = await client.post("/v1/inpaint", data={"prompt": "x", "controls": '[{"name": "canny"}]'}, files=files)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "controls.0.image")
 
 
 async def test_the_lists(client: httpx2.AsyncClient):

@@ -1,9 +1,13 @@
 """The native API through the whole gateway, on a service in memory: golden conversions, answers, and refusals."""
 
+import asyncio
 import base64
 import io
 import json
+import re
+import threading
 from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx2
 import numpy as np
@@ -14,6 +18,7 @@ from app.dialects import native
 from models.errors import InvalidRequest
 from models.images import Picture, encode
 from models.request import GenerationRequest
+from tests.app.conftest import MemoryRouter
 
 PNG = encode(np.full((64, 64, 3), 9, np.uint8), "png")
 
@@ -109,6 +114,39 @@ async def test_a_stream_tells_queued_progress_image_done(client: httpx2.AsyncCli
     assert [image["seed"] for image in images] == [3, 4]
     assert done["images"] == [{"index": 0, "seed": 3}, {"index": 1, "seed": 4}]
     assert done["timings"]["denoise"] == 0.3
+
+
+class Watched(bytes):
+    """An encoded picture of some size that knows which threads have read it."""
+
+    readers: ClassVar[set[threading.Thread]] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.readers.add(threading.current_thread())
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", {"prompt": "x"}),
+        ("/v1/generate", {"prompt": "x", "stream": True}),
+        ("/v1/upscale", {"image": base64.b64encode(PNG).decode()}),
+    ],
+)
+async def test_large_pictures_are_put_into_json_beside_the_loop(
+    client: httpx2.AsyncClient, router: MemoryRouter, path: str, body: dict[str, Any]
+):
+    for padding, beside in ((0, False), (3_000_000, True)):
+        Watched.readers.clear()
+        router.packed = lambda data, padding=padding: Watched(data + b"\1" * padding)
+        answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(3)))
+        assert (threading.current_thread() not in Watched.readers) is beside
+        assert Watched.readers
+        for answer in answers:
+            [text] = re.findall(r'"base64":"([^"]{200,})"', answer.text)
+            assert len(text) > 4 * padding / 3
+            assert base64.b64decode(text).endswith(b"\1" * padding)
 
 
 async def test_the_models_say_what_they_can_do(client: httpx2.AsyncClient):

@@ -10,9 +10,10 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from app import endings
 from app.events import Admitted
-from app.router import Router, _state
-from models.errors import GenerationFailed, HeliographError, Overloaded
+from app.router import Router, UpscalerRoute, _state
+from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Finished, Progress
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, TIMINGS
@@ -24,15 +25,18 @@ def finished(index: int) -> Finished:
     )  # fmt: skip
 
 
-def progress(index: int) -> Progress:
-    return Progress(index=index, step=1, steps=2, forward=1, rows=2)
+def progress(index: int, step: int = 1) -> Progress:
+    return Progress(index=index, step=step, steps=20, forward=1, rows=2)
 
 
 ADMITTED = Admitted(waiting=0, revision="r")
 
 
 class Response:
-    """What a streaming handle call gives: events, then an exception or the end."""
+    """What a streaming handle call gives: events, then an exception or the end.
+
+    A script may wait for an asyncio.Event, `asyncio.Event` itself for ever, and call what tells how far it has come.
+    """
 
     def __init__(self, script: list[Any]):
         self._script = iter(script)
@@ -47,6 +51,12 @@ class Response:
             raise item
         if item is asyncio.Event:
             await asyncio.Event().wait()
+        if isinstance(item, asyncio.Event):
+            await item.wait()
+            return await anext(self)
+        if callable(item):
+            item()
+            return await anext(self)
         return item
 
     def cancel(self) -> None:
@@ -157,18 +167,32 @@ def test_a_models_state_is_read_from_serves(status: str, replicas: dict[str, int
     assert _state(overview) == state
 
 
-class Broadcast:
-    """What `handle.broadcast` gives: the replicas' answers, or an exception in the place of all of them."""
+@pytest.mark.parametrize("state", ["missing", "failed"])
+async def test_an_upscaler_that_does_not_run_is_known_without_asking_it(state: str):
+    async def of_application(_: str) -> str:
+        return state
 
-    def __init__(self, answers: list[Any] | Exception):
-        self._answers = answers
+    router = Router(5.0)
+    router._upscaler = UpscalerRoute(SimpleNamespace(of_application=of_application))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(GenerationFailed, match="the upscaler does not run at the moment") as failed:
+        await router.check_upscaler()
+    assert "leave out `upscale`" in failed.value.message
+    assert failed.value.reason == "replica_lost"
 
-    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
-        assert timeout_s > 0
-        assert return_exceptions
-        if isinstance(self._answers, Exception):
-            raise self._answers
-        return self._answers
+
+class Replica:
+    """An actor whose process is asked to end a request, whether Serve still routes to it or not."""
+
+    def __init__(self, answer: bool | Exception):
+        self._answer = answer
+        self.told: list[tuple[str, str]] = []
+        self.__ray_call__ = SimpleNamespace(remote=self._remote)
+
+    async def _remote(self, _: Any, ending: str, id: str) -> bool:
+        self.told.append((ending, id))
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
 
 
 @pytest.mark.parametrize(
@@ -179,23 +203,76 @@ class Broadcast:
         ([], False),
         ([ActorDiedError(), True], True),
         ([ActorDiedError()], False),
-        (DeploymentUnavailableError(DeploymentID("Model", "model-sd15")), False),
-        (TimeoutError(), False),
     ],
 )
-async def test_an_ending_reaches_every_replica(routed, answers: list[Any] | Exception, known: bool):
-    router, handle = routed()
-    told: list[tuple[str, str]] = []
-
-    def broadcast(method: str, id: str) -> Broadcast:
-        told.append((method, id))
-        return Broadcast(answers)
-
-    handle.broadcast = broadcast
-    assert await router.tell(["sd15"], "accept", "id-1") is known
-    assert told == [("accept", "id-1")]
+async def test_an_ending_reaches_every_replica_also_those_that_drain(routed, answers: list[Any], known: bool):
+    router, _ = routed()  # whose handle knows none of them
+    replicas = [Replica(answer) for answer in answers]
+    router._replicas = lambda: replicas
+    assert await router.end("accept", "id-1") is known
+    assert all(replica.told == [("accept", "id-1")] for replica in replicas)
 
 
-async def test_a_model_that_is_not_awake_is_not_asked(routed):
-    router, _ = routed(state="cold")
-    assert await router.tell(["sd15"], "cancel", "id-1") is False
+async def test_a_request_that_no_replica_has_at_the_moment_can_be_cancelled(routed):
+    """Its replica has died, and the next one has not taken it yet."""
+    sent = asyncio.Event()
+    router, handle = routed([ADMITTED, ActorDiedError()], [sent.set, asyncio.Event], timeout_s=60.0)
+    router._replicas = list
+    asking = asyncio.create_task(collect(router))
+    await sent.wait()
+    assert await router.end("cancel", "id-1") is True
+    with pytest.raises(Cancelled):
+        await asyncio.wait_for(asking, 5)
+    assert handle.responses[1].cancelled
+    assert await router.end("cancel", "id-1") is False
+
+
+async def test_a_request_cancelled_between_two_events_ends_there(routed):
+    router, handle = routed([ADMITTED, progress(0), asyncio.Event], timeout_s=60.0)
+    router._replicas = list
+    events = router.generate(REQUEST, True, "id-1")
+    assert await anext(events) == ADMITTED
+    assert await router.end("cancel", "id-1")
+    with pytest.raises(Cancelled):
+        async with asyncio.timeout(5):
+            [event async for event in events]
+    assert handle.responses[0].cancelled
+
+
+async def test_a_request_accepted_while_no_replica_has_it_ends_where_it_had_come_to(routed):
+    router, handle = routed([ADMITTED, progress(0, 7), progress(1, 6), ActorDiedError()], [ADMITTED, finished(0)])
+    router._replicas = list
+    looking, found = asyncio.Event(), asyncio.Event()
+
+    async def of(_: str) -> str:
+        if handle.requests:
+            looking.set()
+            await found.wait()
+        return "ready"
+
+    router._states = SimpleNamespace(of=of)
+    asking = asyncio.create_task(collect(router))
+    await looking.wait()
+    assert await router.end("accept", "id-1") is True
+    found.set()
+    await asking
+    assert [request.stop_at_step for request in handle.requests] == [None, 7]
+
+
+async def test_a_request_accepted_on_its_way_to_a_replica_is_accepted_there(routed):
+    sent, arrived = asyncio.Event(), asyncio.Event()
+    router, _ = routed([ADMITTED, progress(0, 7), ActorDiedError()], [sent.set, arrived, ADMITTED, finished(0)])
+    replica = Replica(False)
+    router._replicas = lambda: [replica]
+    asking = asyncio.create_task(collect(router))
+    await sent.wait()
+    assert await router.end("accept", "id-1") is True
+    arrived.set()
+    await asking
+    assert replica.told == [("accept", "id-1")] * 2
+
+
+async def test_the_register_forgets_what_has_ended(routed):
+    router, _ = routed([ADMITTED, finished(0), finished(1)])
+    await collect(router)
+    assert not endings._alive

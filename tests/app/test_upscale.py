@@ -20,12 +20,12 @@ from app.router import UpscalerRoute
 from app.settings import UpscalerSettings
 from app.upscaler import Upscaler
 from models import metadata
-from models.errors import GenerationFailed, InvalidRequest, Overloaded
+from models.errors import GenerationFailed, InvalidRequest, NotFound, Overloaded
 from models.events import Failed, Finished, Progress
-from models.images import encode
-from models.parts import Upscale
+from models.images import Picture, encode
+from models.parts import Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
-from tests.app.conftest import CARDS, TIMINGS, MemoryRouter
+from tests.app.conftest import CARDS, TIMINGS, MemoryRouter, claimed
 from tests.app.test_settings import SHIPPED
 
 PNG = encode(np.full((20, 30, 3), 120, np.uint8), "png")
@@ -150,13 +150,91 @@ async def test_a_request_that_cannot_be_enlarged_is_refused_before_it_is_drawn(s
     for wanted, error in (
         (Upscale(scale=4), InvalidRequest),
         (Upscale(scale=9), InvalidRequest),
-        (Upscale(model="nope"), Exception),
+        (Upscale(model="nope"), NotFound),
     ):
         with pytest.raises(error):
             await service.generate(replace(request, upscale=wanted))
     assert len(router.requests) == drawn
     await service.generate(replace(request, upscale=Upscale(scale=2)))
     assert router.requests[-1].upscale == Upscale(scale=2, model="2x")
+
+
+async def test_an_upscaler_that_does_not_run_is_noticed_before_anything_is_drawn(
+    client: httpx2.AsyncClient, router: MemoryRouter
+):
+    drawn = len(router.requests)
+    router.upscaler_fault = GenerationFailed("replica_lost", "the upscaler does not run")
+    answer = await client.post("/v1/generate", json={"prompt": "x", "upscale": {}})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
+    assert len(router.requests) == drawn
+    assert (await client.post("/v1/generate", json={"prompt": "x"})).status_code == 200
+
+
+PHOTO = Picture(width=1000, height=800, data=bytes(3 * 1000 * 800))
+SPOT = replace(PHOTO, data=b"\xff" * len(PHOTO.data))
+MASKED = {"image": PHOTO, "mask": SPOT, "mask_region": "masked", "width": 192, "height": 192}
+
+
+@pytest.mark.parametrize(
+    ("fields", "delivered"),
+    [
+        ({"width": 192, "height": 128}, (192, 128)),
+        ({"width": 192, "height": 128, "hires": Hires(scale=2)}, (384, 256)),
+        (MASKED, (1000, 800)),
+        (MASKED | {"paste_back": False}, (192, 192)),
+        ({"image": PHOTO, "mask": SPOT, "width": 192, "height": 192}, (1000, 800)),
+        ({"image": PHOTO, "outpaint": Outpaint(left=24, top=64)}, (1024, 864)),
+        ({"image": PHOTO, "width": 192, "height": 192}, (192, 192)),
+    ],
+)
+async def test_what_counts_is_the_size_that_is_delivered(
+    service: Any, router: MemoryRouter, fields: dict[str, Any], delivered: tuple[int, int]
+):
+    """The upscaler of these tests gives 1 Mi pixels at most."""
+    request = GenerationRequest(model="sd15", prompt="x", **fields)
+    assert request.resolve(CARDS["sd15"]).delivered == delivered
+    fits = (1024 * 1024 / (delivered[0] * delivered[1])) ** 0.5
+    for scale in (1.0, 0.99 * fits):
+        if scale >= 1:
+            await service.generate(replace(request, upscale=Upscale(scale=scale)))
+    drawn = len(router.requests)
+    with pytest.raises(InvalidRequest, match="allowed: 1048576 pixels"):
+        await service.generate(replace(request, upscale=Upscale(scale=1.01 * fits)))
+    assert len(router.requests) == drawn
+
+
+@pytest.mark.parametrize(
+    ("picture", "scale", "format", "field", "word"),
+    [
+        (claimed(5000, 4000), 1.0, "png", "image", "at most 16777216"),
+        (claimed(1000, 1000), 2.0, "png", "scale", "allowed: 1048576"),
+        (claimed(30, 20), 2.0, "jpeg", "output_format", "transparency"),
+        (b"no picture", 2.0, "png", "image", "PNG"),
+    ],
+)
+async def test_what_a_header_tells_is_refused_before_any_work(
+    service: Any, router: MemoryRouter, picture: bytes, scale: float, format: Any, field: str, word: str
+):
+    with pytest.raises(InvalidRequest, match=word) as refused:
+        await service.upscale(picture, Upscale(scale=scale), format)
+    assert refused.value.field == field
+    assert not router.upscales
+
+
+async def test_a_transparent_picture_cannot_become_a_jpeg(client: httpx2.AsyncClient, router: MemoryRouter):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (30, 20), (1, 2, 3, 4)).save(buffer, "PNG")
+    files = {"image": ("in.png", buffer.getvalue())}
+    answer = await client.post("/v1/upscale", files=files, data={"output_format": "jpg"})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "output_format")
+    assert not router.upscales
+    assert (await client.post("/v1/upscale", files=files, data={"output_format": "png"})).status_code == 200
+
+
+async def test_the_time_of_enlarging_is_told_where_there_was_one(client: httpx2.AsyncClient):
+    for body, told in (({"upscale": {}}, 0.5), ({}, None)):
+        answer = await client.post("/v1/generate", json={"prompt": "x"} | body)
+        assert answer.json()["timings"].get("upscale") == told
 
 
 # The replica
@@ -174,9 +252,11 @@ async def test_a_replica_enlarges_and_refuses_as_a_value():
     assert isinstance(done, Upscaled)
     assert look_at(done.data) == ("WEBP", (60, 40))
     assert (done.width, done.height, done.model) == (60, 40, "2x")
-    failed = await replica.upscale(b"no picture", Upscale(), "png")
-    assert isinstance(failed, Failed)
-    assert isinstance(failed.error, InvalidRequest)
+    for refused, word in ((b"no picture", "PNG"), (claimed(5000, 4000), "too large")):  # told by the header alone
+        failed = await replica.upscale(refused, Upscale(), "png")
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, InvalidRequest)
+        assert word in failed.error.message
     replica.check_health()
 
 
@@ -240,6 +320,8 @@ async def test_finished_pictures_go_on_to_the_upscaler_and_come_back_larger():
     for event in heard[1:]:
         assert look_at(event.data) == ("JPEG", (60, 40))
         assert (event.format, event.width, event.height, event.seed) == ("jpeg", 60, 40, event.index)
+        assert event.timings.upscale_s > 0
+        assert replace(event.timings, upscale_s=None) == TIMINGS
         told = metadata.read(event.data).parameters  # it tells of the picture as it is in the end
         assert told["upscale"] == {"scale": 2, "model": "2x"}
         assert (told["output_format"], told["seed"]) == ("jpeg", 3 + event.index)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from fastapi.responses import Response
@@ -24,12 +25,16 @@ _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_paddin
 
 def from_result(result: GenerationResult) -> dict[str, Any]:
     """The JSON answer."""
+    return _answer(result, [_image(image) for image in result.images])
+
+
+def _answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": result.id,
         "created": result.created,
         "model": result.request.model,
         "revision": result.revision,
-        "images": [_image(image) for image in result.images],
+        "images": images,
         "parameters": parameters(result.request),
         "prompts": {field: asdict(report) for field, report in result.images[0].prompts.items()},
         "timings": _timings(result.timings, result.total_s),
@@ -52,8 +57,8 @@ def from_event(event: StreamEvent) -> bytes:
         case Finished():
             return wire.server_sent_event("image", _image(event))
         case GenerationResult(images=images):
-            values = from_result(event) | {"images": [{"index": i.index, "seed": i.seed} for i in images]}
-            return wire.server_sent_event("done", values)
+            told = [{"index": image.index, "seed": image.seed} for image in images]  # each has had its event
+            return wire.server_sent_event("done", _answer(event, told))
 
 
 async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[bytes, None]:
@@ -62,7 +67,8 @@ async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None
         try:
             yield from_event(first)
             async for event in rest:
-                yield from_event(event)
+                size = len(event.data) if isinstance(event, Finished) else 0
+                yield await wire.written(size, partial(from_event, event))
         except HeliographError as error:
             yield wire.server_sent_event("error", envelope(error))
 
@@ -161,9 +167,9 @@ def _image(image: Finished) -> dict[str, Any]:
 
 
 def _timings(timings: Timings, total_s: float) -> dict[str, float]:
-    """Seconds, by stage and from end to end."""
-    stages = {field.name.removesuffix("_s"): round(getattr(timings, field.name), 4) for field in fields(timings)}
-    return stages | {"total": round(total_s, 4)}
+    """Seconds, by stage that there was and from end to end."""
+    stages = {field.name.removesuffix("_s"): getattr(timings, field.name) for field in fields(timings)}
+    return {stage: round(spent, 4) for stage, spent in (stages | {"total": total_s}).items() if spent is not None}
 
 
 def _limits() -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from app import wire
 from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, DrawBody, GenerateBody, OutpaintBody, OutputFormat
 from models import limits
+from models.decoding import check_together
 from models.errors import InvalidRequest
 from models.images import ImageFormat, Picture, alpha_mask
 from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
@@ -22,19 +23,22 @@ _PARTS: dict[str, Callable[..., Any]] = {"outpaint": Outpaint, "hires": Hires, "
 def to_request(body: DrawBody, default_model: str) -> GenerationRequest:
     """The request in canonical form.
 
-    Raises InvalidRequest for a picture that cannot be read, and where two fields say the same thing.
+    Raises InvalidRequest for a picture that cannot be read, for pictures that are too large together, and where two
+    fields say the same thing.
     """
-    limits.CONTROLS.check("controls", len(body.controls or ()))  # before any of their pictures is decoded
+    limits.CONTROLS.check("controls", len(body.controls or ()))  # before any of their pictures is looked at
     values = body.model_dump(exclude=_NOT_AS_IT_IS, exclude_none=True)
     values["model"] = default_model if body.model is None else body.model
     values["output_format"] = canonical(body.output_format)
     values["preview_every"] = _preview_every(body)
     values["denoise_strength"] = _denoise_strength(body)
-    values["image"] = None if (given := _image(body)) is None else _picture(*given)
-    values["mask"] = None if body.mask is None else _picture("mask", body.mask, "black")
+    pictures = _pictures(body)
+    values["image"] = pictures.get("image") or pictures.get("init_image")
+    values["mask"] = pictures.get("mask")
     values |= {name: part(**values[name]) for name, part in _PARTS.items() if name in values}
     values["adapters"] = tuple(AdapterUse(**use) for use in values.get("adapters", ()))
-    values["controls"] = tuple(_control(i, use) for i, use in enumerate(values.get("controls", ())))
+    uses = (use | {"image": pictures[_of_control(i)]} for i, use in enumerate(values.get("controls", ())))
+    values["controls"] = tuple(ControlUse(**use) for use in uses)
     return GenerationRequest(**values)
 
 
@@ -119,14 +123,23 @@ def _required_image(body: DrawBody) -> tuple[str, str | bytes]:
     return given
 
 
-def _control(index: int, use: dict[str, Any]) -> ControlUse:
-    use["image"] = _picture(f"controls.{index}.image", use["image"])
-    return ControlUse(**use)
+def _pictures(body: DrawBody) -> dict[str, Picture]:
+    """Every picture of a body by its field. What is transparent counts as white, and in a mask as kept."""
+    image = _image(body)
+    given = {} if image is None else dict([image])
+    if body.mask is not None:
+        given["mask"] = body.mask
+    given |= {_of_control(i): use.image for i, use in enumerate(body.controls or ())}
+    encoded = {field: encoded_bytes(field, picture) for field, picture in given.items()}
+    check_together(encoded)
+    return {
+        field: Picture.from_bytes(picture, field, "black" if field == "mask" else "white")
+        for field, picture in encoded.items()
+    }
 
 
-def _picture(field: str, encoded: str | bytes, background: Literal["white", "black"] = "white") -> Picture:
-    """`background` is what transparent parts count as: in a mask, as kept."""
-    return Picture.from_bytes(encoded_bytes(field, encoded), field, background)
+def _of_control(index: int) -> str:
+    return f"controls.{index}.image"
 
 
 def encoded_bytes(field: str, encoded: str | bytes) -> bytes:

@@ -44,7 +44,9 @@ def add(router: APIRouter, service: Service) -> None:
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
         if media_type != JSON:
             return _bytes(upscaled)
-        return wire.json_response(from_upscaled(upscaled, body.scale, time.monotonic() - started))
+        total_s = time.monotonic() - started
+        size = len(upscaled.data)
+        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, body.scale, total_s)))
 
 
 def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
