@@ -3,7 +3,15 @@
 import math
 from typing import Any
 
-from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, NotFound, Overloaded, Unavailable
+from models.errors import (
+    Cancelled,
+    GenerationFailed,
+    HeliographError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 
 RETRY_AFTER_S = 5.0  # what a client is told when nobody knows better
 

@@ -42,7 +42,7 @@ async def prune(connection: AsyncConnection, keep_s: float, forget_s: float, lim
     forgotten = list(await connection.scalars(empty.with_for_update(skip_locked=True)))
     await connection.execute(delete(jobs).where(jobs.c.id.in_(forgotten)))
     settled = select(deliveries.c.id).where(SETTLED, deliveries.c.finished_at < now - forget_s).limit(limit)
-    await connection.execute(delete(deliveries).where(deliveries.c.id.in_(settled.scalar_subquery())))
+    await connection.execute(delete(deliveries).where(deliveries.c.id.in_(settled)))
     return len(stripped) + len(forgotten)
 
 
