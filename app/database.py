@@ -106,7 +106,7 @@ async def clock(connection: AsyncConnection) -> float:
 
 
 async def one_at_a_time(connection: AsyncConnection, what: str) -> None:
-    """From here to its end the transaction is alone among those that say the same word. On SQLite writers are anyway."""
+    """From here on the transaction is alone among those that say the same word; on SQLite, writers always are."""
     if connection.dialect.name == "postgresql":
         await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:what))"), {"what": f"heliograph {what}"})
 

@@ -132,9 +132,10 @@ async def _failed(
     connection: AsyncConnection, id: str, status: int | None, error: str, retry_in_s: float | None
 ) -> None:
     if retry_in_s is None:
-        return await _settle(connection, id, "dead", status, error)
-    changes = {"next_at": await clock(connection) + retry_in_s, "status": status, "error": error}
-    await connection.execute(update(deliveries).where(PENDING, deliveries.c.id == id).values(changes))
+        await _settle(connection, id, "dead", status, error)
+    else:
+        changes = {"next_at": await clock(connection) + retry_in_s, "status": status, "error": error}
+        await connection.execute(update(deliveries).where(PENDING, deliveries.c.id == id).values(changes))
 
 
 async def _disable(connection: AsyncConnection, id: str, error: str) -> None:

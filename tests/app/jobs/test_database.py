@@ -252,9 +252,13 @@ async def test_a_full_disk_is_unavailable_and_loses_nothing(tmp_path: Path, blan
     limit = await database.read(lambda c: c.scalar(text("PRAGMA page_count")))
     await database.read(lambda c: c.execute(text(f"PRAGMA max_page_count = {limit}")))
     accepted = {kept.id}
-    with pytest.raises(Unavailable):
+
+    async def submit_many() -> None:
         for _ in range(200):
             accepted.add((await submit(store)).id)
+
+    with pytest.raises(Unavailable):
+        await submit_many()
     assert {job.id for job in (await store.list(None, limit=200)).jobs} == accepted
     await database.close()
 
