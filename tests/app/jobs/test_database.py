@@ -241,6 +241,23 @@ async def test_a_lock_that_is_held_for_a_moment_is_waited_for(database: Database
     await holding
 
 
+async def test_writers_of_one_file_wait_before_they_read(tmp_path: Path, blank_file: Path) -> None:
+    """Whoever has read before another wrote would have to begin anew."""
+    url = f"sqlite:///{shutil.copy(blank_file, tmp_path / 'jobs.db')}"
+    databases = [Database(url), Database(url)]
+    tries: list[int] = []
+
+    async def read_and_write(connection: AsyncConnection) -> None:
+        tries.append(await connection.scalar(text("SELECT count(*) FROM endpoints")))
+        await asyncio.sleep(0.2)
+        insert = text("INSERT INTO endpoints (owner, url, secrets) VALUES (:owner, 'u', '[]')")
+        await connection.execute(insert, {"owner": str(len(tries))})
+
+    await asyncio.gather(*(database.write(read_and_write) for database in databases))
+    assert tries == [0, 1]
+    await asyncio.gather(*(database.close() for database in databases))
+
+
 async def test_readers_do_not_wait_for_writers(tmp_path: Path, blank_file: Path) -> None:
     database = Database(f"sqlite:///{shutil.copy(blank_file, tmp_path / 'jobs.db')}", pool_size=2)
     store = JobStore(database)
