@@ -3,7 +3,15 @@
 import math
 from typing import Any
 
-from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, NotFound, Overloaded
+from models.errors import (
+    Cancelled,
+    GenerationFailed,
+    HeliographError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 
 RETRY_AFTER_S = 5.0  # what a client is told when nobody knows better
 
@@ -28,6 +36,7 @@ _STATUS: tuple[tuple[type[HeliographError], int, str], ...] = (
     (InvalidRequest, 422, "invalid_request"),
     (NotFound, 404, "not_found"),
     (Overloaded, 429, "overloaded"),
+    (Unavailable, 503, "unavailable"),
     (Cancelled, 499, "cancelled"),
     (GenerationFailed, 500, "generation_failed"),
     (HeliographError, 500, "internal_error"),
@@ -59,7 +68,7 @@ def code_of(error: HeliographError) -> str:
 
 def headers_of(error: HeliographError) -> dict[str, str]:
     """Retry-After in whole seconds wherever coming back can help."""
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | Unavailable):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if is_retryable(error):
         return {"retry-after": str(math.ceil(RETRY_AFTER_S))}
@@ -68,7 +77,7 @@ def headers_of(error: HeliographError) -> dict[str, str]:
 
 def is_retryable(error: HeliographError) -> bool:
     """Whether the same request may succeed when it is simply sent again."""
-    return isinstance(error, Overloaded) or (isinstance(error, GenerationFailed) and error.retryable)
+    return isinstance(error, Overloaded | Unavailable) or (isinstance(error, GenerationFailed) and error.retryable)
 
 
 def envelope(error: HeliographError) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Everything that can go wrong with a request, as a tree of five leaves.
+"""Everything that can go wrong with a request, as a tree of six leaves.
 
 HeliographError
  ├── InvalidRequest     the caller's mistake: names the field and what is allowed
  ├── NotFound           a name that is not registered: the message lists what is
  ├── Overloaded         no room now: says when to come back
+ ├── Unavailable        something the server needs does not answer: says when to come back
  ├── Cancelled          somebody asked for the work to stop
  └── GenerationFailed   the work was tried and no picture came of it
 
@@ -45,8 +46,8 @@ class NotFound(HeliographError):
     """There is nothing of that name. List what exists and choose from it."""
 
 
-class Overloaded(HeliographError):
-    """Too much work is waiting. Try again after `retry_after_s` seconds."""
+class _ComeBack(HeliographError):
+    """Not now. Try again after `retry_after_s` seconds."""
 
     def __init__(self, retry_after_s: float, message: str = ""):
         super().__init__(message)
@@ -62,6 +63,14 @@ class Overloaded(HeliographError):
     @property
     def message(self) -> str:
         return str(self.args[1])
+
+
+class Overloaded(_ComeBack):
+    """Too much work is waiting. Try again after `retry_after_s` seconds."""
+
+
+class Unavailable(_ComeBack):
+    """Something that the server needs does not answer. Try again after `retry_after_s` seconds."""
 
 
 class Cancelled(HeliographError):

@@ -30,7 +30,10 @@ TORCH_FREE_MODELS = tuple(
         *("images", "decoding", "png", "exif", "infotext", "metadata"),
     )
 )
-TORCH_FREE_APP = ("app.ingress", "app.service", "app.router", "app.settings", "app.dialects", "app.jobs", "app.stores")
+TORCH_FREE_APP = tuple(
+    f"app.{name}"
+    for name in ("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations")
+)
 
 # Who stands above whom. A module imports what stands below it or beside it, never above; what is not named is free.
 MODELS_ORDER = (
@@ -41,6 +44,7 @@ MODELS_ORDER = (
     ("models.engine",),
 )
 APP_ORDER = (
+    ("app.database", "app.migrations"),
     ("app.router", "app.jobs", "app.stores"),
     ("app.service",),
     ("app.dialects",),

@@ -1,0 +1,136 @@
+"""How a job comes to be: its idempotency key, the bound of the queue, its place among its owner's and the others'."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, insert, select, true
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.database import clock, one_at_a_time
+from app.jobs.job import Idempotency, NewJob, Submission
+from app.jobs.journal import job_of, new_id, record
+from app.jobs.reading import get
+from app.jobs.states import State
+from app.jobs.tables import QUEUED, idempotency, jobs
+from models.errors import InvalidRequest, Overloaded
+
+_AGAIN = (State.FAILED, State.CANCELLED, State.EXPIRED)
+_LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many jobs may be queued, in all and of one owner."""
+
+    waiting: int = 10_000
+    per_owner: int = 10_000
+
+
+async def submit(connection: AsyncConnection, new: NewJob, key: Idempotency | None, bounds: Bounds) -> Submission:
+    """One after another, so that the bounds are exact and a key used twice at once finds the first one's job."""
+    await one_at_a_time(connection, "submit")
+    if key is not None and (earlier := await _earlier(connection, new.owner, key)) is not None:
+        return earlier
+    await _check_bound(connection, true(), bounds.waiting, "jobs wait already")
+    await _check_bound(connection, jobs.c.owner == new.owner, bounds.per_owner, "jobs of this caller wait already")
+    values = await _values(connection, new)
+    row = (await connection.execute(insert(jobs).values(values).returning(jobs))).one()
+    await record(connection, row, "state", {"state": row.state, "attempt": 0, "reason": "submitted"}, row.created_at)
+    if key is not None:
+        await connection.execute(insert(idempotency).values(owner=new.owner, job_id=row.id, **asdict(key)))
+    return Submission(job_of(row))
+
+
+async def retry(
+    connection: AsyncConnection, id: str, owner: str | None, key: Idempotency | None, bounds: Bounds
+) -> Submission:
+    """The same job anew, with as much time until its deadline as the first had."""
+    job = await get(connection, id, owner)
+    if job.state not in _AGAIN:
+        raise InvalidRequest("id", f"the job is {job.state}; only {', '.join(_AGAIN)} ones can be tried again")
+    if job.data_removed:
+        raise InvalidRequest("id", "the job's request has been removed; submit it anew")
+    new = NewJob(
+        owner=job.owner,
+        model=job.model,
+        kind=job.kind,
+        request=job.request,
+        priority=job.priority,
+        deadline_s=None if job.deadline_at is None else job.deadline_at - job.created_at,
+        work=job.work,
+        webhook=job.webhook,
+        retry_of=job.id,
+    )
+    return await submit(connection, new, key, bounds)
+
+
+async def first_turn(connection: AsyncConnection, model: str, priority: int) -> int:
+    """The turn that is being served: the lowest one waiting."""
+    query = select(jobs.c.turn).where(QUEUED, jobs.c.model == model, jobs.c.priority == priority)
+    return await connection.scalar(query.order_by(jobs.c.turn).limit(1)) or 0
+
+
+async def _next_turn(connection: AsyncConnection, new: NewJob) -> int:
+    """Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) with turns of one job each.
+
+    An owner's jobs take consecutive turns, the first of them the one that is being served; so a newcomer's first job
+    stands beside the first of somebody who has thousands waiting.
+    """
+    mine = select(jobs.c.turn).where(
+        QUEUED, jobs.c.model == new.model, jobs.c.priority == new.priority, jobs.c.owner == new.owner
+    )
+    last = await connection.scalar(mine.order_by(jobs.c.turn.desc()).limit(1))
+    first = await first_turn(connection, new.model, new.priority)
+    return first if last is None else max(first, last + 1)
+
+
+async def _earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> Submission | None:
+    """The job that the key made before. Raises InvalidRequest where it was for another body."""
+    query = select(idempotency.c.fingerprint, idempotency.c.job_id).where(
+        idempotency.c.owner == owner, idempotency.c.route == key.route, idempotency.c.key == key.key
+    )
+    known = (await connection.execute(query)).one_or_none()
+    if known is None:
+        return None
+    if known.fingerprint != key.fingerprint:
+        raise InvalidRequest("Idempotency-Key", "was used for another body; take a new key for a new request")
+    return Submission(await get(connection, known.job_id, None), replayed=True)
+
+
+async def _check_bound(connection: AsyncConnection, whose: ColumnElement[bool], bound: int, what: str) -> None:
+    """Counts no further than the bound. A place becomes free when one job is done: about then to come back."""
+    waiting = select(jobs.c.work).where(QUEUED, whose).limit(bound).subquery()
+    count, work = (await connection.execute(select(func.count(), func.sum(waiting.c.work)))).one()
+    if count >= bound:
+        raise Overloaded(min(max(work / max(count, 1), 1.0), _LONGEST_WAIT_S), f"{count} {what}")
+
+
+async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]:
+    now = await clock(connection)
+    newest = await connection.scalar(select(jobs.c.id).order_by(jobs.c.id.desc()).limit(1))
+    deadline_at = None if new.deadline_s is None else now + new.deadline_s
+    return {
+        "id": new_id(now, newest),  # so ids have the order of submissions, whatever the clock does
+        "owner": new.owner,
+        "state": State.QUEUED,
+        "model": new.model,
+        "kind": new.kind,
+        "request": dict(new.request),
+        "priority": new.priority,
+        "turn": await _next_turn(connection, new),
+        "start_by": math.inf if deadline_at is None else deadline_at - new.work,
+        "deadline_at": deadline_at,
+        "work": new.work,
+        "created_at": now,
+        "attempt": 0,
+        "deaths": 0,
+        "failures": 0,
+        "outputs": [],
+        "webhook": None if new.webhook is None else asdict(new.webhook),
+        "retry_of": new.retry_of,
+        "data_removed": False,
+        "seq": 1,
+        "told_at": 0.0,
+    }
