@@ -1,22 +1,26 @@
 """Pictures by address, wherever the native API takes a picture, through the whole gateway and real HTTP."""
 
 import base64
+import json
 import struct
+import time
 import zlib
 from collections.abc import AsyncIterator
 
 import httpx2
 import numpy as np
 import pytest
+from starlette.types import Message
 
+from app import ingress
 from app.fetch import Fetcher
 from app.service import Service
-from app.settings import FetchSettings
+from app.settings import FetchSettings, GatewaySettings
 from models.images import Picture, encode
 from models.metadata import write
 from models.request import GenerationRequest
 from tests.app.conftest import ADAPTERS, CARDS, UPSCALER, MemoryRouter
-from tests.app.loopback import Loopback, Request, response, serving
+from tests.app.loopback import Loopback, Request, never, response, serving, until
 
 GREY = encode(np.full((64, 96, 3), 128, np.uint8), "png")
 MASK = encode(np.where(np.arange(96)[None, :, None] < 48, 255, 0).astype(np.uint8).repeat(64, 0).repeat(3, 2), "png")
@@ -154,9 +158,24 @@ async def test_an_address_in_the_prompt_is_a_prompt(client: httpx2.AsyncClient, 
     assert files.connections == 0
 
 
-async def test_without_a_fetcher_addresses_are_refused(client: httpx2.AsyncClient, service: Service, files: Loopback):
-    service._fetcher = None
-    answer = await client.post("/v1/generate", json={"prompt": "x", "image": files.url("/grey.png")})
-    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "image")
-    assert "base64" in answer.json()["error"]["message"]
-    assert files.connections == 0
+async def test_a_client_that_leaves_ends_the_fetching(router: MemoryRouter):
+    async with serving(never) as silent:
+        service = Service(router, Fetcher(FetchSettings(ports=(silent.port,), allowed=("127.0.0.1",))))
+        service.offer(CARDS, "sd15")
+        app = ingress.build(service, GatewaySettings(), ingress.Readiness(service).reason)
+        body = json.dumps({"prompt": "x", "image": silent.url()}).encode()
+        said = [{"type": "http.request", "body": body}]
+
+        async def receive() -> Message:
+            if not said:
+                await until(lambda: silent.requests)
+            return said.pop() if said else {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": [], "query_string": b""}
+        started = time.monotonic()
+        await app(scope, receive, send)
+        assert time.monotonic() - started < 5
+    assert (len(silent.requests), router.requests) == (1, [])
