@@ -26,7 +26,7 @@ from models.errors import InvalidRequest, Overloaded
 CONNECT_S, READ_S = 5.0, 10.0  # for a connection (TLS takes as long again), and between two bytes
 TURN_S = 5.0  # how long a picture waits while others are fetched
 MAX_REDIRECTS = 3
-MAX_PICTURES = 16  # by address, in one request
+MAX_PICTURES = 8  # by address, in one request, so that nobody takes all the turns with one
 MAX_ANSWER_BYTES = 4096  # that are read of the answer to a post
 
 _PORTS = {"http": 80, "https": 443}

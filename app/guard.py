@@ -16,7 +16,7 @@ import httpcore2
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-Resolve = Callable[[str], Awaitable[Sequence[str]]]  # the addresses of a name; raises OSError or UnicodeError
+Resolve = Callable[[str], Awaitable[Sequence[str]]]  # the addresses of a name; raises OSError or ValueError
 
 LOOKUPS = 64  # at once; one that hangs keeps its thread until the system gives up
 DIALS = 3  # of a name's addresses: the first may be of a network that is not connected
@@ -107,7 +107,7 @@ class Guard(httpcore2.AsyncNetworkBackend):
         """The first few of the host's addresses, where all of them may be reached."""
         try:
             addresses = [ip_address(answer) for answer in await self._resolve(host)]
-        except (OSError, UnicodeError) as unknown:
+        except (OSError, ValueError) as unknown:
             raise httpcore2.ConnectError(f"the name has no address: {unknown}") from unknown
         if not addresses:
             raise httpcore2.ConnectError("the name has no address")

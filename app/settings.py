@@ -158,7 +158,7 @@ class FetchSettings(Strict):
     allowed: tuple[str, ...] = Field(default=(), description="private networks (CIDR) and hosts that may be reached")
     max_bytes: int = Field(default=20 * 1024 * 1024, ge=1024, description="of one picture")
     timeout_s: Positive = 20.0  # for one picture, redirects included
-    max_at_once: int = Field(default=16, ge=1, description="pictures that are fetched at a time")
+    max_at_once: int = Field(default=32, ge=1, description="pictures that are fetched at a time")
 
     @field_validator("allowed")
     @classmethod
