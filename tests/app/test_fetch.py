@@ -1,6 +1,7 @@
 """The client against real servers on the loopback: what reaches them, what comes back, and how long it may take."""
 
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -130,6 +131,25 @@ async def test_where_nobody_guards_the_tricks_work(server: Loopback, url: str):
     unguarded = Fetcher(FetchSettings(ports=(server.port,)), guard=httpcore2.AnyIOBackend())  # pyright: ignore
     assert await unguarded.picture(url.format(port=server.port)) == PNG
     assert server.connections == 1
+
+
+def ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe, suppress(OSError):
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not ipv6(), reason="this machine has no IPv6 on its loopback")
+@pytest.mark.parametrize("host", ["[::1]", "[0:0:0:0:0:0:0:1]", "[::]", "ip6-loopback", "localhost"])
+async def test_no_trick_reaches_the_loopback_in_ipv6(host: str):
+    async with serving(always(body=PNG), host="::1") as server:
+        address = f"http://{host}:{server.port}/"
+        await refusal(distrustful(server), address)
+        assert server.connections == 0
+        if host.endswith(":1]"):  # what names mean is up to the machine, and of :: the peer says that it is ::1
+            assert await Fetcher(FetchSettings(ports=(server.port,), allowed=("::1",))).picture(address) == PNG
+            assert server.connections == 1
 
 
 @pytest.mark.parametrize("allowed", ["127.0.0.0/8", "127.0.0.1", "localhost"])
