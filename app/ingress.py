@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import dialects
 from app.adapters import Shelf
 from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
+from app.fetch import Fetcher
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
 from models.errors import HeliographError
@@ -38,7 +39,8 @@ class Gateway:
         from app.router import Router  # the only thing here that needs Ray
 
         self._settings = settings
-        self._service = Service(Router(settings.request_timeout_s))
+        fetcher = Fetcher(settings.fetch) if settings.fetch.pictures else None
+        self._service = Service(Router(settings.request_timeout_s), fetcher)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

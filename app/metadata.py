@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app import wire
+from app import links, wire
 from app.service import Service
 from models.errors import InvalidRequest, NotFound
 from models.metadata import Metadata, read
@@ -28,15 +28,16 @@ def routes(service: Service, request_body: type[BaseModel]) -> APIRouter:
 
     @router.post("/metadata", summary="How a picture was made, out of the picture", openapi_extra=_BODY)
     async def metadata(request: Request) -> Response:
-        encoded = await _picture(request)
+        given = await _given(request)
+        encoded = await wire.unless_disconnected(request, _picture(given, service)) if isinstance(given, str) else given
         found = await asyncio.to_thread(read, encoded)
         return wire.json_response(_answer(found, service, request_body))
 
     return router
 
 
-async def _picture(request: Request) -> bytes:
-    """The picture of a body that is one, or has one as a multipart file or as base64 in JSON.
+async def _given(request: Request) -> bytes | str:
+    """The picture of a body that is one, or has one as a multipart file; or what JSON or a form's text says of it.
 
     What a body is, it says itself: `curl --data-binary` calls everything a form.
     """
@@ -45,11 +46,17 @@ async def _picture(request: Request) -> bytes:
         given = [*files.get("image", []), *fields.values()]
         if {*fields, *files} != {"image"} or len(given) != 1:
             raise InvalidRequest("image", "must be the one and only part of the body")
-        return given[0] if isinstance(given[0], bytes) else wire.decode_base64(given[0], "image")
+        return given[0]
     body = await request.body()
     if body[:64].lstrip()[:1] in (b"{", b"["):
-        return wire.decode_base64((await wire.read_json(request, MetadataBody)).image, "image")
+        return (await wire.read_json(request, MetadataBody)).image
     return body
+
+
+async def _picture(text: str, service: Service) -> bytes:
+    if isinstance(links.link_or_text(text), links.Link):
+        return (await service.pictures({"image": text}))["image"]
+    return wire.decode_base64(text, "image")
 
 
 def _answer(found: Metadata, service: Service, request_body: type[BaseModel]) -> dict[str, Any]:

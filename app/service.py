@@ -4,14 +4,14 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from models.card import ModelCard
-from models.errors import GenerationFailed, NotFound
+from models.errors import GenerationFailed, InvalidRequest, NotFound
 from models.events import Failed, Finished, Progress, Timings
 from models.images import ImageFormat
 from models.parts import Upscale
@@ -33,6 +33,12 @@ class Router(Protocol):
     async def check_upscaler(self) -> None: ...
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
+
+
+class Fetcher(Protocol):
+    """Brings the pictures at addresses, which requests may give in place of a picture; both by field."""
+
+    async def pictures(self, addresses: Mapping[str, str]) -> Mapping[str, bytes]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +112,9 @@ class AdapterDescription:
 class Service:
     """The models by name and the way to their replicas."""
 
-    def __init__(self, router: Router):
+    def __init__(self, router: Router, fetcher: Fetcher | None = None):
         self._router = router
+        self._fetcher = fetcher
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
@@ -134,6 +141,12 @@ class Service:
         if model not in self._cards:
             raise NotFound(f"there is no model {model!r}; the models are: {', '.join(self._cards)}")
         return self._cards[model]
+
+    async def pictures(self, addresses: Mapping[str, str]) -> Mapping[str, bytes]:
+        """The encoded pictures at the addresses of a request's fields, by field. Raises InvalidRequest, Overloaded."""
+        if self._fetcher is None:
+            raise InvalidRequest(next(iter(addresses)), "must be base64: this server fetches no pictures")
+        return await self._fetcher.pictures(addresses)
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Makes all pictures of a request. Raises the errors of models/errors.py."""

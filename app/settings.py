@@ -5,11 +5,13 @@ a laptop.
 """
 
 import os
+import re
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from models.card import ModelCard
 from models.upscaler_card import LANCZOS, UpscalerCard
@@ -40,6 +42,7 @@ RAY_ENVIRONMENT: Mapping[str, str] = {
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]{1,64}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_HOST = re.compile(r"(?!.*(^|\.)\d+$)[a-z0-9]([a-z0-9._-]*[a-z0-9])?")  # in lower case; no address that is mistyped
 
 
 class Strict(BaseModel):
@@ -150,12 +153,49 @@ class UpscalerSettings(Strict):
         )
 
 
+class FetchSettings(Strict):
+    """What may be asked for over HTTP: pictures by address and webhooks."""
+
+    pictures: bool = Field(default=True, description="whether requests may give pictures by http(s) address")
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = Field(default=(80, 443), min_length=1)
+    allowed: tuple[str, ...] = Field(default=(), description="private networks (CIDR) and hosts that may be reached")
+    max_bytes: int = Field(default=20 * 1024 * 1024, ge=1024, description="of one picture")
+    timeout_s: Positive = 20.0  # for one picture, redirects included
+    max_at_once: int = Field(default=32, ge=1, description="pictures that are fetched at a time")
+
+    @field_validator("allowed")
+    @classmethod
+    def _are_networks_or_hosts(cls, allowed: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in allowed:
+            if _network(entry) is None and not _HOST.fullmatch(entry):
+                raise ValueError(f"{entry!r} is neither a network, like 10.1.0.0/16, nor the name of a host")
+        return allowed
+
+    @property
+    def networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The allowed networks."""
+        return tuple(network for entry in self.allowed if (network := _network(entry)))
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The allowed hosts."""
+        return frozenset(entry for entry in self.allowed if _network(entry) is None)
+
+
+def _network(entry: str) -> IPv4Network | IPv6Network | None:
+    try:
+        return ip_network(entry)
+    except ValueError:
+        return None
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     request_timeout_s: Positive = 600.0
     dialects: tuple[Name, ...] = ("native",)
+    fetch: FetchSettings = FetchSettings()
 
 
 class CatalogueSettings(Strict):

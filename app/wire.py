@@ -96,7 +96,7 @@ def decode_base64(text: str, field: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as malformed:
-        raise InvalidRequest(field, "must be a picture in base64") from malformed
+        raise InvalidRequest(field, "must be a picture: base64, a data URI or an http(s) address") from malformed
 
 
 def encode_base64(data: bytes) -> str:

@@ -20,6 +20,7 @@ READABLE = ("PNG", "JPEG", "WEBP", "AVIF")
 MAX_INPUT_PIXELS = 64 * 1024 * 1024
 MAX_REQUEST_PIXELS = 2 * MAX_INPUT_PIXELS  # of all pictures of a request: the largest one and its mask
 _LARGE_PIXELS = 4 * 1024 * 1024
+_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 _MAX_SCANS = 64  # of a progressive JPEG; ten are usual, and each costs a pass over the whole picture
 _BARE_MARKERS = (0x00, 0x01, *range(0xD0, 0xDA))  # JPEG's markers without a length
 _MAX_SEGMENTS, _MAX_STRAY_BYTES = 4096, 256  # of a JPEG, and between two of them, where Pillow reads byte by byte
@@ -30,6 +31,14 @@ _DAMAGE = (
 )
 
 _one_large_picture = threading.Lock()
+
+
+def is_picture(encoded: bytes) -> bool:
+    """Whether the first bytes are those of a format that is read; nothing else of it is looked at."""
+    if encoded.startswith((png.SIGNATURE, b"\xff\xd8\xff")):
+        return True
+    webp = encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP"
+    return webp or (encoded[4:8] == b"ftyp" and encoded[8:12] in _AVIF_BRANDS)
 
 
 @contextmanager

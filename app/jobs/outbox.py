@@ -2,10 +2,11 @@
 
 import base64
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, and_, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Row, and_, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import Database, clock, one_at_a_time
@@ -60,13 +61,15 @@ class Outbox:
     def __init__(self, database: Database):
         self._database = database
 
-    async def claim_due(self, limit: int, lease_s: float) -> tuple[Delivery, ...]:
+    async def claim_due(self, limit: int, lease_s: float, busy: Collection[str] = ()) -> tuple[Delivery, ...]:
         """Up to `limit` deliveries that are due, the longest due first, SHARE to one URL at most.
+
+        None whose URL begins with a scheme and authority (`https://example.com:8443`) that is in `busy`.
 
         Nobody else gets them for `lease_s` seconds; whoever does not settle them by then has them sent again.
         `attempts` counts this one.
         """
-        return await self._database.write(lambda c: _claim_due(c, limit, lease_s))
+        return await self._database.write(lambda c: _claim_due(c, limit, lease_s, busy))
 
     async def delivered(self, id: str, status: int) -> None:
         """The receiver took it."""
@@ -101,9 +104,12 @@ class Outbox:
         return await self._database.write(lambda c: _rotate(c, owner, url, overlap_s))
 
 
-async def _claim_due(connection: AsyncConnection, limit: int, lease_s: float) -> tuple[Delivery, ...]:
+async def _claim_due(
+    connection: AsyncConnection, limit: int, lease_s: float, busy: Collection[str]
+) -> tuple[Delivery, ...]:
     now = await clock(connection)
     due = select(deliveries.c.id, deliveries.c.url, deliveries.c.next_at).where(PENDING, deliveries.c.next_at <= now)
+    due = due.where(*(_elsewhere(origin) for origin in busy))
     due = due.order_by(deliveries.c.next_at).limit(CONSIDERED).subquery()
     place = func.row_number().over(partition_by=due.c.url, order_by=due.c.next_at).label("place")
     ranked = select(due.c.id, due.c.next_at, place).subquery()
@@ -116,6 +122,12 @@ async def _claim_due(connection: AsyncConnection, limit: int, lease_s: float) ->
     places = sorted({(row.owner, row.url) for row in rows})
     keys = {(owner, url): await _secrets(connection, owner, url) for owner, url in places}
     return tuple(_delivery(row, keys[row.owner, row.url]) for row in rows)
+
+
+def _elsewhere(origin: str) -> ColumnElement[bool]:
+    """That a URL has another scheme and authority."""
+    beginning = func.substr(deliveries.c.url, 1, len(origin) + 1)
+    return beginning.not_in([origin + end for end in ("", "/", "?", "#")])
 
 
 def _delivery(row: Row[Any], keys: tuple[str, ...]) -> Delivery:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from app import deployment, local
-from app.settings import CatalogueSettings, GatewaySettings, ModelSettings
+from app.settings import CatalogueSettings, FetchSettings, GatewaySettings, ModelSettings
 from models.errors import InvalidRequest
 
 SHIPPED = Path(__file__).resolve().parents[2] / "serve_config.yaml"
@@ -114,3 +114,39 @@ def test_limits_are_positive():
         GatewaySettings(request_timeout_s=0)
     with pytest.raises(ValidationError):
         GatewaySettings(request_timeout_s=float("inf"))
+
+
+def test_what_may_be_fetched_is_public_unless_networks_and_hosts_are_named():
+    assert (FetchSettings().networks, FetchSettings().hosts) == ((), frozenset())
+    allowed = FetchSettings(allowed=("10.1.0.0/16", "192.168.0.7", "fd00::/8", "minio.internal", "localhost"))
+    assert [str(network) for network in allowed.networks] == ["10.1.0.0/16", "192.168.0.7/32", "fd00::/8"]
+    assert allowed.hosts == {"minio.internal", "localhost"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "",
+        "10.1.0.1/16",
+        "10.0.0.300",
+        "1.2.3",
+        "300",
+        "http://minio",
+        "minio:9000",
+        "*.internal",
+        "Minio",
+        "a b",
+        "a/24",
+    ],
+)
+def test_a_network_or_host_that_is_mistyped_is_refused(entry: str):
+    with pytest.raises(ValidationError, match="neither a network"):
+        FetchSettings(allowed=(entry,))
+
+
+@pytest.mark.parametrize(
+    "change", [{"ports": ()}, {"ports": (0,)}, {"ports": (65536,)}, {"timeout_s": 0}, {"proxy": ""}]
+)
+def test_bad_settings_of_what_may_be_fetched_are_refused(change: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        FetchSettings.model_validate(change)

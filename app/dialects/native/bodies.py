@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from app import links
 from models import limits
 from models.limits import Range
 from models.parts import Enlargement
@@ -17,15 +18,15 @@ OutputFormat = Literal["png", "jpeg", "jpg", "webp", "avif"]
 
 
 def _encoded(value: Any) -> str | bytes:
-    if isinstance(value, str | bytes):
+    if isinstance(value, bytes):
         return value
-    raise PydanticCustomError("picture", "must be a picture in base64")
+    if isinstance(value, str):
+        return links.link_or_text(value)
+    raise PydanticCustomError("picture", "must be a picture: base64, a data URI or an http(s) address")
 
 
-# A picture: base64 or a data URI, or in a form the file itself.
-Encoded = Annotated[
-    str | bytes, PlainValidator(_encoded), WithJsonSchema({"type": "string", "contentEncoding": "base64"})
-]
+# A picture: base64, a data URI or a Link, or in a form the file itself.
+Encoded = Annotated[str | bytes, PlainValidator(_encoded), WithJsonSchema({"type": "string"})]
 
 
 def within(range: Range, description: str, default: Any = None) -> Any:
@@ -62,7 +63,7 @@ class ControlPart(Wire):
     """A ControlNet and the picture that it is to follow."""
 
     name: str = Field(description="A name from GET /v1/adapters")
-    image: Encoded = Field(description="The picture to follow: base64 or a data URI")
+    image: Encoded = Field(description="The picture to follow: base64, a data URI or an http(s) address")
     weight: float | None = within(limits.CONTROL_WEIGHT, "How strongly; 1 when left out")
     start: float | None = within(limits.SHARE, "The share of the steps after which it begins; 0 when left out")
     end: float | None = within(limits.SHARE, "The share of the steps after which it ends; 1 when left out")
@@ -104,7 +105,9 @@ class DrawBody(Wire):
     sampler: str | None = Field(None, description=f"One of {', '.join(SAMPLERS)}, or a name people use elsewhere")
     schedule: str | None = Field(None, description="The sampler's spacing of noise levels")
     clip_skip: int | None = within(limits.CLIP_SKIP, "Layers of the text encoder left out from the end")
-    image: Encoded | None = Field(None, description="PNG, JPEG, WebP or AVIF to start from: base64 or a data URI")
+    image: Encoded | None = Field(
+        None, description="PNG, JPEG, WebP or AVIF to start from: base64, a data URI or an http(s) address"
+    )
     init_image: Encoded | None = Field(None, description="Another name of `image`")
     denoise_strength: float | None = within(limits.DENOISE_STRENGTH, "1 ignores `image`, 0 returns it")
     image_strength: float | None = within(limits.DENOISE_STRENGTH, "The other way round: 1 returns `image`")

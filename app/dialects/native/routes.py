@@ -8,7 +8,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from app import metadata, wire
+from app import links, metadata, wire
 from app.dialects.native import answers, forms, requests, upscale
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
@@ -91,6 +91,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 async def _draw(request: Request, service: Service, body: Body, to_request: ToRequest[Body]) -> Response:
     """What a body asks for, in the form that `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
+    body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
     # Decoding a large picture takes a while: not on the loop that every other request shares.
     wanted = await asyncio.to_thread(to_request, body, service.default_model)
     if media_type == EVENTS:

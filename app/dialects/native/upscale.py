@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from app import wire
+from app import links, wire
 from app.dialects.native import forms, requests
 from app.dialects.native.bodies import Encoded, OutputFormat, Wire, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
@@ -24,7 +24,7 @@ from models.parts import Upscale
 class UpscaleBody(Wire):
     """What to make larger, and by how much."""
 
-    image: Encoded = Field(description="PNG, JPEG, WebP or AVIF: base64 or a data URI")
+    image: Encoded = Field(description="PNG, JPEG, WebP or AVIF: base64, a data URI or an http(s) address")
     scale: float = within(limits.UPSCALE, "How many times as wide and as high, fractions too; 2 when left out", 2.0)
     model: str | None = Field(None, description="An upscaler from GET /v1/adapters; the default one when left out")
     output_format: OutputFormat | None = Field(None, description="png when left out; jpg is jpeg")
@@ -39,6 +39,7 @@ def add(router: APIRouter, service: Service) -> None:
         started = time.monotonic()
         body = await forms.read(request, UpscaleBody)
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
+        body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
         picture = await asyncio.to_thread(requests.encoded_bytes, "image", body.image)
         wanted = Upscale(scale=body.scale, model=body.model)
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))

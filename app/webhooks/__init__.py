@@ -1,0 +1,1 @@
+"""Webhooks: what is signed, what is to be delivered, and who delivers it."""

@@ -1,0 +1,106 @@
+"""A real HTTP server on the loopback that counts who comes, and does to them what a test says."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client sent."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+Answer = Callable[[Request, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class Loopback:
+    """The server: where it listens, how many connections were made to it, and what they asked for."""
+
+    port: int = 0
+    connections: int = 0
+    requests: list[Request] = field(default_factory=list)
+
+    def url(self, path: str = "/", scheme: str = "http", host: str = "127.0.0.1") -> str:
+        return f"{scheme}://{host}:{self.port}{path}"
+
+
+def response(status: int = 200, body: bytes = b"", **headers: object) -> bytes:
+    """A whole response; `location=...`, `retry_after=...` are headers."""
+    lines = [f"HTTP/1.1 {status} Status", f"content-length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def always(status: int = 200, body: bytes = b"", **headers: object) -> Answer:
+    """The same response to everybody."""
+
+    async def answer(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(status, body, **headers))
+
+    return answer
+
+
+async def never(_: Request, __: asyncio.StreamWriter) -> None:
+    """Takes the request and says nothing."""
+    await asyncio.sleep(600)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Waits for it."""
+    for _ in range(round(timeout_s / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError(f"not so within {timeout_s} s")
+
+
+@asynccontextmanager
+async def serving(
+    answer: Answer, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[Loopback]:
+    """The server for as long as it is needed; whoever is still connected then is cut off."""
+    loopback, talking = Loopback(), set[asyncio.Task[None]]()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        talking.add(task)
+        loopback.connections += 1
+        try:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                request = await _read(reader)
+                loopback.requests.append(request)
+                await answer(request, writer)
+                await writer.drain()
+        except asyncio.CancelledError:
+            pass  # the test is over; asyncio would report it as a fault
+        finally:
+            talking.discard(task)
+            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+    server = await asyncio.start_server(talk, host, 0, ssl=tls)
+    loopback.port = server.sockets[0].getsockname()[1]
+    try:
+        yield loopback
+    finally:
+        server.close()
+        for task in tuple(talking):
+            task.cancel()
+        await asyncio.gather(*talking, return_exceptions=True)
+        await server.wait_closed()
+
+
+async def _read(reader: asyncio.StreamReader) -> Request:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.strip().split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    method, target, _ = first.split(" ")
+    return Request(method, target, headers, await reader.readexactly(int(headers.get("content-length", 0))))
