@@ -223,6 +223,11 @@ def ray_auth_mode() -> str:
     return os.environ.get("RAY_AUTH_MODE", RAY_ENVIRONMENT["RAY_AUTH_MODE"])
 
 
+def api_key() -> str:
+    """The key that the command sends to a server, HELIOGRAPH_API_KEY; empty where there is none."""
+    return os.environ.get("HELIOGRAPH_API_KEY", "")
+
+
 def cores() -> int:
     """The processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,6 @@
 """API keys in the database: made, recognised, rotated, revoked, listed."""
 
 import dataclasses
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +15,6 @@ from models.errors import InvalidRequest, NotFound
 
 PEPPER = b"p" * 32
 LIMITS = Limits(requests_per_minute=60, concurrent_jobs=2)
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'keys.db'}")
-    await database.migrate()
-    yield database
-    await database.close()
 
 
 @pytest.fixture

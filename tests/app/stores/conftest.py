@@ -1,7 +1,8 @@
 """Real places for pictures: a folder, and two S3 servers as processes of their own.
 
-rclone checks signatures (SigV4), but knows no conditional put, answers a range with status 200, and keeps objects as files,
-so that no key can be below another. moto checks no signatures, and knows all of that and presigned addresses.
+rclone checks signatures (SigV4), but knows no conditional put, shows an object before its metadata, answers a range
+with status 200, and keeps objects as files, so that no key can be below another. moto checks no signatures, and knows all
+of that and presigned addresses.
 """
 
 import shutil
@@ -94,7 +95,7 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 @pytest.fixture(params=["folder", "moto"])
 def able_store(request: pytest.FixtureRequest) -> Store:
-    """Each kind of store, empty, on servers that know ranges and conditional puts."""
+    """Each kind of store, empty, on servers that know ranges, conditional puts and keys below keys."""
     return _opened(request)
 
 

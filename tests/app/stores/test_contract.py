@@ -45,10 +45,10 @@ async def test_a_key_is_written_once(store: Store):
     assert await store.get(KEY) == PICTURE
 
 
-async def test_the_same_put_many_times_at_once_is_one_object(store: Store):
-    stored = await asyncio.gather(*(store.put(KEY, PICTURE, "image/png") for _ in range(8)))
+async def test_the_same_put_many_times_at_once_is_one_object(able_store: Store):
+    stored = await asyncio.gather(*(able_store.put(KEY, PICTURE, "image/png") for _ in range(8)))
     assert len(set(stored)) == 1
-    assert await all_keys(store) == {KEY}
+    assert await all_keys(able_store) == {KEY}
 
 
 async def test_what_is_not_there_is_not_found_and_deleting_it_is_nothing(store: Store):

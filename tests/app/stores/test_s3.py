@@ -56,7 +56,7 @@ async def test_a_lost_answer_does_not_hide_that_another_object_was_there(proxy: 
 
 async def test_a_server_that_fails_is_asked_a_few_times_and_then_unavailable(proxy: Proxy):
     store = bucket(proxy.address, timeout_s=20)
-    proxy.faults += ["503"] * 1000
+    proxy.faults.extend(["503"] * 1000)
     with pytest.raises(StoreUnavailable):
         await store.put("a", PICTURE, "image/png")
     tries = len(proxy.refused)
@@ -68,7 +68,7 @@ async def test_a_server_that_fails_is_asked_a_few_times_and_then_unavailable(pro
 
 async def test_a_server_that_does_not_answer_is_given_up_in_time(proxy: Proxy):
     store = bucket(proxy.address, timeout_s=1.5)
-    proxy.faults += ["mute"] * 1000
+    proxy.faults.extend(["mute"] * 1000)
     for asked in (store.put("a", PICTURE, "image/png"), store.get("a"), store.head("a"), anext(store.list(0))):
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
@@ -120,7 +120,7 @@ def amazons_signature(url: str, date: str) -> str:
     request.context["timestamp"] = date
     auth._modify_request_before_signing(request)
     scope = auth.string_to_sign(request, auth.canonical_request(request))
-    return auth.signature(scope, request)
+    return str(auth.signature(scope, request))
 
 
 async def test_the_store_is_cancelled_with_its_caller(proxy: Proxy):
