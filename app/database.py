@@ -32,7 +32,8 @@ metadata = MetaData(
     naming_convention={"ix": "ix_%(table_name)s_%(column_0_name)s", "uq": "uq_%(table_name)s_%(column_0_name)s"}
 )
 
-BUSY_S = 5.0  # how long one statement waits for another's lock
+BUSY_S = 2.0  # how long one statement waits for another's lock
+POOL_S = 5.0  # how long a transaction waits for a connection
 CONNECT_S = 5.0
 DEADLINE_S = 10.0  # of one try of one transaction
 MIGRATION_S = 600.0
@@ -49,9 +50,12 @@ _CLOCKS = {
 }
 
 # Failures after which the transaction surely did not happen and another try may succeed: serialization, deadlock, lock
-# timeout, too many connections, server starting or stopping (PostgreSQL, appendix A), and SQLite's busy.
-_TRY_AGAIN = frozenset({"40001", "40P01", "55P03", "53300", "57P01", "57P02", "57P03"})
+# timeout, too many connections, server starting or stopping, a plan from before a migration (PostgreSQL, appendix A),
+# and SQLite's busy.
+_TRY_AGAIN = frozenset({"40001", "40P01", "55P03", "53300", "57P01", "57P02", "57P03", "0A000"})
 _BUSY = ("SQLITE_BUSY", "SQLITE_LOCKED")
+# Classes of failures that lie with the server: connection, resources (disk full), operator, system.
+_SERVER = frozenset({"08", "53", "57", "58"})
 
 
 class Database:
@@ -102,7 +106,7 @@ async def clock(connection: AsyncConnection) -> float:
 
 
 async def one_at_a_time(connection: AsyncConnection, what: str) -> None:
-    """From here to its end the transaction is alone among those that say the same word. On SQLite writers are anyway."""
+    """From here on the transaction is alone among those that say the same word; on SQLite, writers always are."""
     if connection.dialect.name == "postgresql":
         await connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:what))"), {"what": f"heliograph {what}"})
 
@@ -120,7 +124,8 @@ def _parsed(url: str) -> URL:
 
 def _engine(url: URL, pool_size: int, statement_s: float) -> AsyncEngine:
     sqlite = url.drivername.startswith("sqlite")
-    arguments: dict[str, Any] = {"timeout": CONNECT_S, "command_timeout": statement_s}
+    settings = {"application_name": "heliograph", "lock_timeout": str(int(BUSY_S * 1000))}
+    arguments: dict[str, Any] = {"timeout": CONNECT_S, "command_timeout": statement_s, "server_settings": settings}
     if sqlite:
         arguments = {"timeout": BUSY_S, "isolation_level": None}  # the driver leaves BEGIN to us
     engine = create_async_engine(
@@ -129,12 +134,12 @@ def _engine(url: URL, pool_size: int, statement_s: float) -> AsyncEngine:
         poolclass=AsyncAdaptedQueuePool,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=BUSY_S,
+        pool_timeout=POOL_S,
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
     )
-    event.listen(engine.sync_engine, "connect", _set_up_sqlite if sqlite else _set_up_postgresql)
     if sqlite:
+        event.listen(engine.sync_engine, "connect", _set_up_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
@@ -147,31 +152,20 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _set_up_postgresql(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"SET lock_timeout = {int(BUSY_S * 1000)}")
-    cursor.close()
-
-
 def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
 
 
 async def _persist(engine: AsyncEngine, work: Work[T], deadline_s: float = DEADLINE_S) -> T:
-    """The work's result from the first try that is not thrown back."""
-    for pause_s in PAUSES_S:
+    """The work's result from the first try that is not thrown back. Raises Unavailable, and what the work raises."""
+    for pause_s in (*PAUSES_S, None):
         try:
             return await _attempt(engine, work, deadline_s)
-        except (DBAPIError, OSError) as error:
-            if isinstance(error, TimeoutError) or not _may_try_again(error):
+        except (DBAPIError, OSError, PoolTimeout) as error:
+            if pause_s is None or not _may_try_again(error):
                 raise _translated(error) from error
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
-        except PoolTimeout as error:
-            raise _translated(error) from error
-    try:
-        return await _attempt(engine, work, deadline_s)
-    except (DBAPIError, OSError, PoolTimeout) as error:
-        raise _translated(error) from error
+    raise AssertionError("the last try returns or raises")
 
 
 async def _attempt(engine: AsyncEngine, work: Work[T], deadline_s: float) -> T:
@@ -183,28 +177,39 @@ async def _attempt(engine: AsyncEngine, work: Work[T], deadline_s: float) -> T:
         except (DBAPIError, OSError) as error:
             if _undone(error):
                 raise
-            raise Unavailable(RETRY_AFTER_S, "the database broke off during a commit; ask whether it happened") from error
+            raise Unavailable(
+                RETRY_AFTER_S, "the database broke off during a commit; ask whether it happened"
+            ) from error
         return result
 
 
-def _may_try_again(error: DBAPIError | OSError) -> bool:
-    return isinstance(error, OSError) or error.connection_invalidated or _undone(error)
+def _may_try_again(error: Exception) -> bool:
+    """Not after a timeout, which has taken long enough."""
+    broken = isinstance(error, DBAPIError) and error.connection_invalidated
+    refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
+    return broken or refused or _undone(error)
 
 
-def _undone(error: DBAPIError | OSError) -> bool:
-    """Whether the database itself says that the transaction did not happen."""
-    cause = error.orig if isinstance(error, DBAPIError) else None
-    name = getattr(cause, "sqlite_errorname", None) or ""
-    return getattr(cause, "sqlstate", None) in _TRY_AGAIN or name.startswith(_BUSY)
+def _undone(error: Exception) -> bool:
+    """Whether the database itself says that the transaction did not happen, and that it may succeed another time."""
+    return _sqlstate(error) in _TRY_AGAIN or _sqlite_name(error).startswith(_BUSY)
 
 
 def _translated(error: Exception) -> Exception:
     """Unavailable for what lies with the database; other errors are our own mistakes and stay what they are."""
-    if isinstance(error, OperationalError | InterfaceError | OSError | PoolTimeout):
-        return Unavailable(RETRY_AFTER_S, "the database does not answer")
-    if isinstance(error, DBAPIError) and _may_try_again(error):
+    ours = _sqlite_name(error) == "SQLITE_ERROR"  # wrong SQL, which sqlite3 calls operational too
+    theirs = isinstance(error, OperationalError | InterfaceError | OSError | PoolTimeout) and not ours
+    if theirs or _may_try_again(error) or _sqlstate(error)[:2] in _SERVER:
         return Unavailable(RETRY_AFTER_S, "the database does not answer")
     return error
+
+
+def _sqlstate(error: Exception) -> str:
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+
+
+def _sqlite_name(error: Exception) -> str:
+    return getattr(getattr(error, "orig", None), "sqlite_errorname", None) or ""
 
 
 async def _migrate(connection: AsyncConnection, revision: str) -> None:

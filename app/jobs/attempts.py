@@ -114,7 +114,7 @@ async def bury(journal: Journal, row: Row[Any], reason: str, error: JobError | N
 async def _back(journal: Journal, row: Row[Any], reason: str, error: JobError | None, **changes: Any) -> Job:
     """To the queue, with the turn that is being served; what should stop anyway has thereby stopped."""
     if row.state == State.CANCELLING:
-        return await journal.move(row, State.CANCELLED, "cancelled", error, **changes)
+        return await journal.move(row, State.CANCELLED, "cancelled", **changes)
     turn = max(row.turn, await first_turn(journal.connection, row.model, row.priority))
     return await journal.move(row, State.QUEUED, reason, error, turn=turn, **changes)
 

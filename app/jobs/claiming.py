@@ -16,7 +16,7 @@ from app.database import one_at_a_time
 from app.jobs.job import Claim
 from app.jobs.journal import Journal, Payload
 from app.jobs.states import State
-from app.jobs.tables import HELD_BY_A_RUNNER, QUEUED, jobs
+from app.jobs.tables import LEASED, QUEUED, jobs
 
 EXPIRED_AT_ONCE = 100  # overdue jobs that one claim gets rid of at most
 
@@ -84,7 +84,7 @@ async def _next(journal: Journal, queue: ColumnElement[bool]) -> _Candidate | No
 async def _suspect_runs(journal: Journal, model: str) -> bool:
     """Whether a job that a worker has died with runs now. Until the transaction ends nobody else can start one."""
     await one_at_a_time(journal.connection, "suspects")
-    query = select(exists().where(HELD_BY_A_RUNNER, jobs.c.model == model, jobs.c.deaths > 0))
+    query = select(exists().where(LEASED, jobs.c.model == model, jobs.c.deaths > 0))
     return bool(await journal.connection.scalar(query))
 
 

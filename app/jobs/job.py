@@ -174,7 +174,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Position:
-    """What waits before a queued job: jobs, and seconds of work. Where `exact` is false, there is at least that much."""
+    """What waits before a queued job: jobs, and seconds of work. Without `exact`, at least that much."""
 
     ahead: int
     work: float

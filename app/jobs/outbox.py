@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, and_, func, insert, select, update
+from sqlalchemy import Row, and_, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import Database, clock, one_at_a_time
@@ -108,7 +108,7 @@ async def _claim_due(connection: AsyncConnection, limit: int, lease_s: float) ->
     place = func.row_number().over(partition_by=due.c.url, order_by=due.c.next_at).label("place")
     ranked = select(due.c.id, due.c.next_at, place).subquery()
     share = select(ranked.c.id).where(ranked.c.place <= SHARE).order_by(ranked.c.next_at).limit(limit)
-    mine = and_(PENDING, deliveries.c.next_at <= now, deliveries.c.id.in_(share.scalar_subquery()))
+    mine = and_(PENDING, deliveries.c.next_at <= now, deliveries.c.id.in_(share))
     ids = list(await connection.scalars(select(deliveries.c.id).where(mine).with_for_update(skip_locked=True)))
     changes = {"next_at": now + lease_s, "attempts": deliveries.c.attempts + 1}
     statement = update(deliveries).where(deliveries.c.id.in_(ids)).values(changes).returning(deliveries)
@@ -132,9 +132,10 @@ async def _failed(
     connection: AsyncConnection, id: str, status: int | None, error: str, retry_in_s: float | None
 ) -> None:
     if retry_in_s is None:
-        return await _settle(connection, id, "dead", status, error)
-    changes = {"next_at": await clock(connection) + retry_in_s, "status": status, "error": error}
-    await connection.execute(update(deliveries).where(PENDING, deliveries.c.id == id).values(changes))
+        await _settle(connection, id, "dead", status, error)
+    else:
+        changes = {"next_at": await clock(connection) + retry_in_s, "status": status, "error": error}
+        await connection.execute(update(deliveries).where(PENDING, deliveries.c.id == id).values(changes))
 
 
 async def _disable(connection: AsyncConnection, id: str, error: str) -> None:
@@ -167,7 +168,7 @@ async def _dead(connection: AsyncConnection, owner: str | None, after: str, limi
 
 
 async def _replay(connection: AsyncConnection, id: str, owner: str | None) -> None:
-    letter = and_(DEAD, deliveries.c.id == id, deliveries.c.owner == owner if owner is not None else DEAD)
+    letter = and_(DEAD, deliveries.c.id == id, true() if owner is None else deliveries.c.owner == owner)
     changes = {"state": "pending", "attempts": 0, "next_at": await clock(connection), "finished_at": None}
     if not (await connection.execute(update(deliveries).where(letter).values(changes))).rowcount:
         raise NotFound(f"there is no dead letter {id!r}")
@@ -195,7 +196,9 @@ async def _rotate(connection: AsyncConnection, owner: str, url: str, overlap_s: 
     return fresh["secret"]
 
 
-async def _ensure(connection: AsyncConnection, owner: str, url: str, keys: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def _ensure(
+    connection: AsyncConnection, owner: str, url: str, keys: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The endpoint's secrets, whose row is made with these where there is none; locked until the transaction ends."""
     await one_at_a_time(connection, "endpoints")
     here = and_(endpoints.c.owner == owner, endpoints.c.url == url)

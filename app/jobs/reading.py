@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy import Row, Select, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.jobs.job import Job, JobEvent, Page, Position
@@ -40,11 +40,7 @@ class Filter:
 
 async def get(connection: AsyncConnection, id: str, owner: str | None) -> Job:
     """One job; somebody else's is NotFound like one that never was."""
-    query = Filter(owner=owner).of(select(jobs).where(jobs.c.id == id))
-    row = (await connection.execute(query)).one_or_none() if _ID.fullmatch(id) else None
-    if row is None:
-        raise NotFound(f"there is no job {id[:64]!r}")
-    return job_of(row)
+    return job_of(await _row(connection, id, owner))
 
 
 async def page(connection: AsyncConnection, wanted: Filter, cursor: str | None, limit: int) -> Page:
@@ -61,9 +57,7 @@ async def page(connection: AsyncConnection, wanted: Filter, cursor: str | None, 
 
 async def position(connection: AsyncConnection, id: str, owner: str | None) -> Position:
     """Those of a higher priority, and those of the same with an earlier place; both counted up to the limit."""
-    row = (await connection.execute(Filter(owner=owner).of(select(jobs).where(jobs.c.id == id)))).one_or_none()
-    if row is None:
-        raise NotFound(f"there is no job {id[:64]!r}")
+    row = await _row(connection, id, owner)
     if row.state != State.QUEUED:
         return Position(0, 0.0)
     queue = select(jobs.c.work).where(QUEUED, jobs.c.model == row.model).limit(POSITION_LIMIT + 1)
@@ -85,6 +79,14 @@ async def events_of(
     await get(connection, id, owner)
     query = select(events).where(events.c.job_id == id, events.c.seq > after_seq).order_by(events.c.seq).limit(limit)
     return tuple(JobEvent(**row._mapping) for row in await connection.execute(query))
+
+
+async def _row(connection: AsyncConnection, id: str, owner: str | None) -> Row[Any]:
+    query = Filter(owner=owner).of(select(jobs).where(jobs.c.id == id))
+    row = (await connection.execute(query)).one_or_none() if _ID.fullmatch(id) else None
+    if row is None:
+        raise NotFound(f"there is no job {id[:64]!r}")
+    return row
 
 
 def _sealed(id: str) -> str:

@@ -9,7 +9,7 @@ from app.jobs.claiming import expire_overdue
 from app.jobs.job import Reaped
 from app.jobs.journal import Journal, Payload
 from app.jobs.states import State
-from app.jobs.tables import FINISHED, HELD_BY_A_RUNNER, SETTLED, deliveries, events, jobs
+from app.jobs.tables import FINISHED, LEASED, SETTLED, deliveries, events, jobs
 
 _CLOCK_NOISE_S = 1.0
 
@@ -19,7 +19,7 @@ async def reap(connection: AsyncConnection, limit: int, payload: Payload) -> Rea
     journal = await Journal.open(connection, payload)
     shortened = await _shorten(journal)
     ended = await expire_overdue(journal, limit) + await _stop_overdue(journal, limit)
-    lost = and_(HELD_BY_A_RUNNER, jobs.c.lease_until < journal.now)
+    lost = and_(LEASED, jobs.c.lease_until < journal.now)
     query = select(jobs).where(lost).order_by(jobs.c.lease_until).limit(limit).with_for_update(skip_locked=True)
     buried = [await bury(journal, row, "lease_lost", None) for row in (await connection.execute(query)).all()]
     return Reaped(
@@ -42,20 +42,20 @@ async def prune(connection: AsyncConnection, keep_s: float, forget_s: float, lim
     forgotten = list(await connection.scalars(empty.with_for_update(skip_locked=True)))
     await connection.execute(delete(jobs).where(jobs.c.id.in_(forgotten)))
     settled = select(deliveries.c.id).where(SETTLED, deliveries.c.finished_at < now - forget_s).limit(limit)
-    await connection.execute(delete(deliveries).where(deliveries.c.id.in_(settled.scalar_subquery())))
+    await connection.execute(delete(deliveries).where(deliveries.c.id.in_(settled)))
     return len(stripped) + len(forgotten)
 
 
 async def _shorten(journal: Journal) -> int:
     """A lease that ends later than it can was given before the clock was set back: it begins anew, now."""
     beyond = jobs.c.lease_until > journal.now + jobs.c.lease_s + _CLOCK_NOISE_S
-    statement = update(jobs).where(HELD_BY_A_RUNNER, beyond).values(lease_until=journal.now + jobs.c.lease_s)
+    statement = update(jobs).where(LEASED, beyond).values(lease_until=journal.now + jobs.c.lease_s)
     return (await journal.connection.execute(statement)).rowcount
 
 
 async def _stop_overdue(journal: Journal, limit: int) -> list[str]:
     """Running jobs whose time is over; their runners learn at the next heartbeat that the job is lost."""
-    running = and_(HELD_BY_A_RUNNER, jobs.c.state == State.RUNNING, jobs.c.deadline_at < journal.now)
-    query = select(jobs).where(running).order_by(jobs.c.id).limit(limit).with_for_update(skip_locked=True)
+    running = and_(LEASED, jobs.c.state == State.RUNNING, jobs.c.deadline_at < journal.now)
+    query = select(jobs).where(running).order_by(jobs.c.lease_until).limit(limit).with_for_update(skip_locked=True)
     rows = (await journal.connection.execute(query)).all()
     return [(await journal.move(row, State.EXPIRED, "deadline")).id for row in rows]

@@ -109,9 +109,10 @@ async def _check_bound(connection: AsyncConnection, whose: ColumnElement[bool], 
 
 async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]:
     now = await clock(connection)
+    newest = await connection.scalar(select(jobs.c.id).order_by(jobs.c.id.desc()).limit(1))
     deadline_at = None if new.deadline_s is None else now + new.deadline_s
     return {
-        "id": new_id(now),
+        "id": new_id(now, newest),  # so ids have the order of submissions, whatever the clock does
         "owner": new.owner,
         "state": State.QUEUED,
         "model": new.model,

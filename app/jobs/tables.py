@@ -22,7 +22,6 @@ from sqlalchemy import (
     Table,
     Text,
     literal_column,
-    or_,
 )
 
 from app.database import metadata
@@ -113,9 +112,7 @@ deliveries = Table(
 )
 
 QUEUED = jobs.c.state == literal_column(f"'{State.QUEUED}'")
-HELD_BY_A_RUNNER = or_(
-    jobs.c.state == literal_column(f"'{State.RUNNING}'"), jobs.c.state == literal_column(f"'{State.CANCELLING}'")
-)
+LEASED = jobs.c.lease_until.is_not(None)  # the states of HELD
 FINISHED = jobs.c.finished_at.is_not(None)
 PENDING = deliveries.c.state == literal_column("'pending'")
 SETTLED = deliveries.c.finished_at.is_not(None)
@@ -132,7 +129,7 @@ _partial("ix_jobs_lane", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jo
 _partial("ix_jobs_ticket", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jobs.c.turn)
 _partial("ix_jobs_start_by", QUEUED, jobs.c.start_by)
 _partial("ix_jobs_waiting", QUEUED, jobs.c.owner, jobs.c.work)
-_partial("ix_jobs_held", HELD_BY_A_RUNNER, jobs.c.lease_until)
+_partial("ix_jobs_leased", LEASED, jobs.c.lease_until)
 _partial("ix_jobs_finished", FINISHED, jobs.c.data_removed, jobs.c.finished_at)
 _partial("ix_deliveries_due", PENDING, deliveries.c.next_at)
 _partial("ix_deliveries_dead", DEAD, deliveries.c.owner, deliveries.c.id)

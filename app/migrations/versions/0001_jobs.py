@@ -7,7 +7,7 @@ revision = "0001"
 down_revision = None
 
 _QUEUED = sa.text("state = 'queued'")
-_HELD = sa.text("state = 'running' OR state = 'cancelling'")
+_LEASED = sa.text("lease_until IS NOT NULL")
 _FINISHED = sa.text("finished_at IS NOT NULL")
 
 
@@ -56,7 +56,7 @@ def _create_jobs() -> None:
     _index("ix_jobs_ticket", "jobs", "model", "priority", "owner", "turn", where=_QUEUED)
     _index("ix_jobs_start_by", "jobs", "start_by", where=_QUEUED)
     _index("ix_jobs_waiting", "jobs", "owner", "work", where=_QUEUED)
-    _index("ix_jobs_held", "jobs", "lease_until", where=_HELD)
+    _index("ix_jobs_leased", "jobs", "lease_until", where=_LEASED)
     _index("ix_jobs_finished", "jobs", "data_removed", "finished_at", where=_FINISHED)
 
 

@@ -1,8 +1,8 @@
 """Real places for pictures: a folder, and two S3 servers as processes of their own.
 
 rclone checks signatures (SigV4), but knows no conditional put, shows an object before its metadata, answers a range
-with status 200, and keeps objects as files, so that no key can be below another. moto checks no signatures, and knows all
-of that and presigned addresses.
+with status 200, and keeps objects as files, so that no key can be below another. moto checks no signatures, and knows
+all of that and presigned addresses.
 """
 
 import shutil

@@ -1,0 +1,169 @@
+"""Who gets which job: never two the same, the highest priority, fair turns, the most urgent."""
+
+import asyncio
+import sys
+from collections import Counter
+
+from app.database import Database
+from app.jobs.job import Claim
+from app.jobs.states import State
+from app.jobs.store import JobStore
+from tests.app.jobs.making import LEASE_S, claim, claim_one, new, pass_time, submit
+
+CLAIMER = """
+import asyncio, sys
+from app.database import Database
+from app.jobs.store import JobStore
+
+async def main(url, name):
+    database = Database(url, pool_size=2)
+    store = JobStore(database)
+    while claims := await store.claim(name, ["sd15"], 3, 60.0):
+        for held in claims:
+            print(held.id, held.attempt)
+    await database.close()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def owners(claims: list[Claim]) -> str:
+    return "".join(held.job.owner for held in claims)
+
+
+async def claim_all(store: JobStore) -> list[Claim]:
+    """One by one, as free places come."""
+    claims = []
+    while found := await claim(store):
+        claims += found
+    return claims
+
+
+async def test_tasks_that_claim_at_once_never_get_the_same_job(store: JobStore) -> None:
+    ids = {(await submit(store, owner=f"owner-{i % 3}")).id for i in range(60)}
+    rounds = await asyncio.gather(*(claim_all(store) for _ in range(6)))
+    claimed = [held.id for claims in rounds for held in claims]
+    assert len(claimed) == len(set(claimed))
+    left = await claim_all(store)  # a claimer that meets only locked rows goes away with nothing
+    assert {*claimed, *(held.id for held in left)} == ids
+
+
+async def test_processes_that_claim_at_once_never_get_the_same_job(store: JobStore, url: str) -> None:
+    ids = {(await submit(store, owner=f"owner-{i % 3}")).id for i in range(60)}
+    pipe = asyncio.subprocess.PIPE
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", CLAIMER, url, f"runner-{i}", stdout=pipe)
+        for i in range(3)
+    ]
+    texts = [(await asyncio.wait_for(process.communicate(), 60))[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    claimed = [line.split()[0] for text in texts for line in text.splitlines()]
+    assert len(claimed) == len(set(claimed))
+    assert {*claimed, *(held.id for held in await claim_all(store))} == ids
+
+
+async def test_a_claim_says_whose_it_is_and_for_how_long(store: JobStore) -> None:
+    job = await submit(store)
+    held = await claim_one(store)
+    assert (held.id, held.attempt) == (job.id, 1)
+    assert held.job.state is State.RUNNING
+    assert held.job.started_at is not None
+    assert held.job.lease_until == held.job.started_at + LEASE_S
+
+
+async def test_only_the_models_asked_for_and_no_more_than_the_limit(store: JobStore) -> None:
+    for model in ("sd15", "sdxl", "sd15", "other", "sd15"):
+        await submit(store, model=model)
+    assert await claim(store, 5, models=()) == []
+    assert [held.job.model for held in await claim(store, 3, models=("sd15", "sdxl"))] == ["sd15", "sdxl", "sd15"]
+    assert [held.job.model for held in await claim(store, 3, models=("sd15", "sdxl"))] == ["sd15"]
+
+
+async def test_the_highest_priority_goes_first(store: JobStore) -> None:
+    jobs = {priority: await submit(store, priority=priority) for priority in (0, 2, 1)}
+    assert [held.id for held in await claim_all(store)] == [jobs[2].id, jobs[1].id, jobs[0].id]
+
+
+async def test_among_models_priority_and_then_age_decide(store: JobStore) -> None:
+    first = await submit(store, model="sdxl")
+    second = await submit(store)
+    urgent = await submit(store, priority=1)
+    claims = await claim(store, 3, models=("sd15", "sdxl"))
+    assert [held.id for held in claims] == [urgent.id, first.id, second.id]
+
+
+async def test_owners_take_turns_however_many_jobs_each_has(store: JobStore) -> None:
+    for owner in "aaaaaaabbbc":
+        await submit(store, owner=owner)
+    assert owners(await claim_all(store)) == "abcababaaaa"
+
+
+async def test_a_newcomer_is_served_within_one_round(store: JobStore) -> None:
+    for owner in "aaaaaaaabbbbbbbb":
+        await submit(store, owner=owner)
+    served = await claim(store, 8)
+    await submit(store, owner="c")
+    assert owners(served) == "abababab"
+    assert "c" in owners(await claim(store, 3))
+
+
+async def test_an_owner_who_asks_for_one_at_a_time_does_not_starve_the_others(store: JobStore) -> None:
+    for _ in range(10):
+        await submit(store, owner="a")
+    served = ""
+    for _ in range(10):
+        await submit(store, owner="b")
+        served += owners(await claim(store, 1))
+    assert Counter(served)["a"] >= 4
+
+
+async def test_of_one_owner_the_job_that_must_start_first_goes_first(store: JobStore) -> None:
+    late, never, soon = [await submit(store, deadline_s=deadline_s) for deadline_s in (300.0, None, 100.0)]
+    heavy = await submit(store, deadline_s=200.0, work=150.0)
+    assert [held.id for held in await claim_all(store)] == [heavy.id, soon.id, late.id, never.id]
+
+
+async def test_an_urgent_job_takes_its_own_owners_turn_and_no_others(store: JobStore) -> None:
+    for _ in range(3):
+        await submit(store, owner="a")
+    for _ in range(3):
+        await submit(store, owner="b")
+    urgent = await submit(store, owner="a", deadline_s=100.0)
+    claims = await claim_all(store)
+    assert owners(claims) == "abababa"
+    assert claims[0].id == urgent.id
+
+
+async def test_what_cannot_be_finished_in_time_expires_without_a_step(store: JobStore, database: Database) -> None:
+    late = await submit(store, deadline_s=60.0, work=30.0)
+    fine = await submit(store, deadline_s=60.0, work=1.0)
+    await pass_time(database, 40.0)
+    assert [held.id for held in await claim(store, 5)] == [fine.id]
+    expired = await store.get(late.id, "ada")
+    assert (expired.state, expired.attempt, expired.started_at) == (State.EXPIRED, 0, None)
+
+
+async def test_a_job_handed_back_is_the_next_one_again(store: JobStore) -> None:
+    for owner in "aabb":
+        await submit(store, owner=owner)
+    first = await claim_one(store)
+    await store.release(first)
+    again = await claim_one(store)
+    assert (again.id, again.attempt) == (first.id, 2)
+
+
+async def test_a_job_handed_back_does_not_put_newcomers_before_everybody(store: JobStore) -> None:
+    """Its old turn is long over; the newcomer starts where the others are."""
+    for _ in range(6):
+        await submit(store, owner="a")
+    first, *_ = await claim(store, 3)
+    await store.release(first)
+    for _ in range(3):
+        await submit(store, owner="b")
+    assert owners(await claim(store, 4)) == "aaba"
+
+
+async def test_claims_of_nothing_give_nothing(store: JobStore) -> None:
+    assert await claim(store, 8) == []
+    await store.submit(new())
+    assert await claim(store, 0) == []
