@@ -66,13 +66,15 @@ def revoke(id: Annotated[str, typer.Argument(help="From the list.")], config: Co
 def list_keys(config: Config = DEFAULT_CONFIG) -> None:
     """Every key: whose it is, what it may do and until when. Never the key itself."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("id", "name", "caller", "state", "scopes", "created", "expires", "limits")
+    ids = [Column(name, min_width=16) for name in ("id", "caller")]  # to be copied, so never cut off
+    others = [Column(name, overflow="fold") for name in ("name", "state", "scopes", "created", "expires", "limits")]
+    table = Table(*ids, *others)
     now, found = _run(config, lambda keys: keys.list())
     for key in found:
         limits = ", ".join(f"{name} {value}" for name, value in vars(key.limits).items() if value is not None)
-        about = (key.id, escape(key.name), key.caller, key.state(now), ", ".join(key.scopes))
+        about = (key.id, key.caller, escape(key.name), key.state(now), ", ".join(key.scopes))
         table.add_row(*about, _day(key.created_at), _day(key.expires_at), limits)
     Console().print(table)
 

@@ -25,9 +25,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def heliograph(config: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def heliograph(config: Path, *arguments: object, columns: int = 250) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", "keys", *map(str, arguments), "--config", str(config)]
-    return subprocess.run(command, cwd=ROOT, env={"COLUMNS": "250"}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env={"COLUMNS": str(columns)}, capture_output=True, text=True, timeout=60)
 
 
 async def test_a_key_is_shown_once_and_lives_until_it_is_rotated_and_revoked(config: Path, tmp_path: Path):
@@ -51,6 +51,9 @@ async def test_a_key_is_shown_once_and_lives_until_it_is_rotated_and_revoked(con
         await database.close()
 
     assert heliograph(config, "revoke", id).returncode == 0
+    narrow = heliograph(config, "list", columns=80).stdout
+    assert id in narrow
+    assert new_text.split("_")[1] in narrow
     listed = heliograph(config, "list").stdout
     assert listed.count("a [b]painter[/b]") == 2
     assert "revoked" in listed

@@ -1,4 +1,4 @@
-"""A proxy on localhost that hurts: each request that passes meets the next fault, then all goes well."""
+"""A proxy on localhost that hurts: each request that passes meets the next fault."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,6 +16,7 @@ class Proxy:
 
     address: str
     faults: list[Fault] = field(default_factory=list)
+    always: Fault | None = None  # after those
     passed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -31,7 +32,7 @@ async def proxy_before(upstream: str) -> AsyncIterator[Proxy]:
             head = await reader.readuntil(b"\r\n\r\n")
             body = await reader.readexactly(_length(head))
             line = head.split(b"\r\n", 1)[0].decode()
-            fault = proxy.faults.pop(0) if proxy.faults else None
+            fault = proxy.faults.pop(0) if proxy.faults else proxy.always
             (proxy.refused if fault in ("503", "mute") else proxy.passed).append(line)
             if fault == "503":
                 writer.write(b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
