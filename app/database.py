@@ -66,6 +66,8 @@ class Database:
         engine = _engine(self._url, pool_size, DEADLINE_S)
         self._reader = engine
         self._writer = engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
+        # SQLite has one writer at a time: who waits here, in order, leaves the connections to readers.
+        self._turns = asyncio.Semaphore(1 if self.dialect == "sqlite" else pool_size)
 
     @property
     def dialect(self) -> str:
@@ -82,7 +84,15 @@ class Database:
         On SQLite the transaction is immediate: writers wait for each other before they read. Raises Unavailable, also
         where the connection broke during the commit, so that nobody knows whether it happened.
         """
-        return await _persist(self._writer, work)
+        try:
+            async with asyncio.timeout(POOL_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise Unavailable(RETRY_AFTER_S, "too many wait for the database") from None
+        try:
+            return await _persist(self._writer, work)
+        finally:
+            self._turns.release()
 
     async def migrate(self, revision: str = "head") -> None:
         """Brings the schema up to a revision of app/migrations, in one transaction; several processes may try at once.

@@ -64,13 +64,13 @@ def revoke(id: Annotated[str, typer.Argument(help="From the list.")], config: Co
 
 @keys_app.command("list")
 def list_keys(config: Config = DEFAULT_CONFIG) -> None:
-    """Every key: whose it is, what it may do and until when. Never the key itself."""
+    """Every key: whose it is, what it may do, from when and until when. Never the key itself."""
     from rich.markup import escape
     from rich.table import Column, Table
 
     ids = [Column(name, min_width=16) for name in ("id", "caller")]  # to be copied, so never cut off
-    others = [Column(name, overflow="fold") for name in ("name", "state", "scopes", "created", "expires", "limits")]
-    table = Table(*ids, *others)
+    others = [Column(name, overflow="fold") for name in ("name", "state", "scopes", "from", "until", "limits")]
+    table = Table(*ids, *others, box=None)
     now, found = _run(config, lambda keys: keys.list())
     for key in found:
         limits = ", ".join(f"{name} {value}" for name, value in vars(key.limits).items() if value is not None)
@@ -107,4 +107,4 @@ def _show(key: "Key", text: str) -> None:
 
 
 def _day(at: float | None) -> str:
-    return "" if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}"
+    return "" if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"

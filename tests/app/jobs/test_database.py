@@ -233,6 +233,21 @@ async def test_a_lock_that_is_held_for_a_moment_is_waited_for(database: Database
     await holding
 
 
+async def test_readers_do_not_wait_for_writers(tmp_path: Path, blank_file: Path) -> None:
+    database = Database(f"sqlite:///{shutil.copy(blank_file, tmp_path / 'jobs.db')}", pool_size=2)
+    store = JobStore(database)
+    over = asyncio.Event()
+    holding = asyncio.create_task(database.write(lambda c: asyncio.wait_for(over.wait(), 9.0)))
+    await asyncio.sleep(0.05)
+    submitting = [asyncio.create_task(submit(store)) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    assert (await store.list(None)).jobs == ()
+    over.set()
+    await asyncio.gather(holding, *submitting)
+    assert len((await store.list(None)).jobs) == 5
+    await database.close()
+
+
 async def test_a_file_that_stays_locked_is_unavailable_to_writers(tmp_path: Path, blank_file: Path) -> None:
     path = shutil.copy(blank_file, tmp_path / "jobs.db")
     database = Database(f"sqlite:///{path}")
