@@ -65,18 +65,20 @@ def revoke(id: Annotated[str, typer.Argument(help="From the list.")], config: Co
 @keys_app.command("list")
 def list_keys(config: Config = DEFAULT_CONFIG) -> None:
     """Every key: whose it is, what it may do, from when and until when. Never the key itself."""
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    ids = [Column(name, min_width=16) for name in ("id", "caller")]  # to be copied, so never cut off
-    others = [Column(name, overflow="fold") for name in ("name", "state", "scopes", "from", "until", "limits")]
-    table = Table(*ids, *others, box=None)
     now, found = _run(config, lambda keys: keys.list())
     for key in found:
-        limits = ", ".join(f"{name} {value}" for name, value in vars(key.limits).items() if value is not None)
-        about = (key.id, key.caller, escape(key.name), key.state(now), ", ".join(key.scopes))
-        table.add_row(*about, _day(key.created_at), _day(key.expires_at), limits)
-    Console().print(table)
+        print(f"{key.id}  {key.state(now):8} {key.name}")
+        print(f"    {_about(key)}")
+
+
+def _about(key: "Key") -> str:
+    """What is known of a key besides its name and state, on one line."""
+    words = [", ".join(key.scopes), f"made {_day(key.created_at)}"]
+    words += [f"ends {_day(key.expires_at)}"] if key.expires_at is not None else []
+    words += [f"revoked {_day(key.revoked_at)}"] if key.revoked_at is not None else []
+    words += [f"rotated for {key.caller}"] if key.caller != key.id else []
+    words += [f"{name} {value}" for name, value in vars(key.limits).items() if value is not None]
+    return "; ".join(words)
 
 
 def _run(config: Path, work: "Callable[[Keys], Awaitable[T]]") -> T:
@@ -106,5 +108,5 @@ def _show(key: "Key", text: str) -> None:
     print(text)
 
 
-def _day(at: float | None) -> str:
-    return "" if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+def _day(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
