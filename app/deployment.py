@@ -110,7 +110,7 @@ class Deployment(Strict):
         gateways = [a for a in self.applications if a.import_path == GATEWAY_IMPORT]
         if len(gateways) != 1:
             raise ValueError(f"exactly one application must have import_path {GATEWAY_IMPORT}, not {len(gateways)}")
-        _ = self.gateway  # which is validated when it is read
+        GatewaySettings.model_validate(gateways[0].args)
         running = {a.name: ModelSettings.model_validate(a.args) for a in self.applications if _runs_model(a)}
         for name, model in running.items():
             if name != model.application:

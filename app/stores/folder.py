@@ -77,15 +77,17 @@ class Folder:
         try:
             _write_through(draft / f"{wanted.sha256}.{CONTENT_TYPES[wanted.content_type]}", data)
             _sync(draft)
-            _make_folders(place.parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(place)
-            _sync(place.parent)
         except OSError as fault:
             if fault.errno not in _OCCUPIED:
                 raise
             store.check_same(self._find(wanted.key), wanted)
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # gone already where all went well
+        # Also where another writer was first, who may not have come this far yet.
+        for folder in place.parents[: len(wanted.key.split("/"))]:
+            _sync(folder)
 
     def _read(self, key: str, span: Span | None) -> bytes:
         path = self._file(key)
