@@ -64,7 +64,7 @@ class Journal:
 
     async def progress(self, row: Row[Any], progress: JobProgress) -> None:
         """Notes how far a locked job is; told as an event at most every TELL_EVERY_S seconds."""
-        if self.now - row.told_at < TELL_EVERY_S:
+        if not self._due(row):
             await self.connection.execute(update(jobs).where(jobs.c.id == row.id).values(progress=asdict(progress)))
             return
         job = await self._write(row, "progress", asdict(progress), progress=asdict(progress), told_at=self.now)
@@ -72,12 +72,16 @@ class Journal:
 
     async def output(self, row: Row[Any], output: Any) -> Job:
         """Adds a finished picture to a locked job. Always an event, but a webhook only every TELL_EVERY_S seconds."""
-        due = self.now - row.told_at >= TELL_EVERY_S
+        due = self._due(row)
         changes = {"outputs": [*row.outputs, output], "told_at": self.now if due else row.told_at}
         job = await self._write(row, "output", {"index": len(row.outputs), "output": output}, **changes)
         if due:
             await self._send(job, "output")
         return job
+
+    def _due(self, row: Row[Any]) -> bool:
+        """Also where the clock was set back, and the last telling lies in the future."""
+        return abs(self.now - row.told_at) >= TELL_EVERY_S
 
     async def _write(self, row: Row[Any], kind: EventKind, data: Mapping[str, Any], **changes: Any) -> Job:
         statement = update(jobs).where(jobs.c.id == row.id).values(seq=row.seq + 1, **changes).returning(jobs)
@@ -98,7 +102,7 @@ class Journal:
                 owner=job.owner,
                 url=job.webhook.url,
                 event=event,
-                body=_body(self.payload(job, event), job),
+                body=_body(self.payload(job, event), job, event),
                 state="dead" if disabled else "pending",
                 attempts=0,
                 next_at=self.now,
@@ -135,12 +139,12 @@ def thin_payload(job: Job, event: WebhookEvent) -> Mapping[str, Any]:
     }
 
 
-def _body(payload: Mapping[str, Any], job: Job) -> bytes:
+def _body(payload: Mapping[str, Any], job: Job, event: WebhookEvent) -> bytes:
     """Too large a payload is cut down to what lets the receiver ask for the rest."""
     body = orjson.dumps(payload)
     if len(body) <= BODY_BYTES:
         return body
-    return orjson.dumps({"type": "job.completed", "job_id": job.id, "status": job.state, "shortened": True})
+    return orjson.dumps({"type": f"job.{event}", "job_id": job.id, "status": job.state, "shortened": True})
 
 
 def new_id(now: float, after: str | None = None) -> str:

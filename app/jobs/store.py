@@ -105,8 +105,9 @@ class JobStore:
         """Up to `limit` queued jobs of these models, each now running under `runner` for `lease_s` seconds.
 
         The highest priority first; within it owners take turns; of one owner's jobs the one that must start first.
-        Those that can no longer be finished in time become expired instead. A job that a worker has died with is
-        given out while no other such job of its model runs, so that each of them has to answer for itself.
+        Those that can no longer be finished in time become expired instead, EXPIRED_AT_ONCE in one call. A job that a
+        worker has died with is given out while no other such job of its model runs, so that each of them has to answer
+        for itself.
         """
         return await self._database.write(lambda c: claiming.claim(c, runner, models, limit, lease_s, self._payload))
 

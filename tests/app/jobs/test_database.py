@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import app.jobs.tables
 from app.database import Database, clock, metadata
+from app.errors import code_of, envelope, headers_of, status_of
 from app.jobs.job import Claim
 from app.jobs.states import State
 from app.jobs.store import JobStore
@@ -196,6 +197,13 @@ async def test_a_server_in_trouble_is_unavailable(code: str, postgres: Database)
     failing = text(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{code}'; END $$")
     with pytest.raises(Unavailable):
         await postgres.write(lambda c: c.execute(failing))
+
+
+def test_unavailable_is_503_and_says_when_to_come_back() -> None:
+    error = Unavailable(4.2)
+    assert (status_of(error), code_of(error)) == (503, "unavailable")
+    assert headers_of(error) == {"retry-after": "5"}
+    assert envelope(error)["error"]["retryable"] is True
 
 
 async def test_a_connection_that_breaks_is_made_anew(postgres: Database) -> None:

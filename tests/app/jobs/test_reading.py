@@ -143,6 +143,16 @@ async def test_progress_is_kept_at_once_and_told_twice_a_second(store: JobStore,
     assert len(told) < 5
 
 
+async def test_progress_is_told_also_after_the_clock_was_set_back(store: JobStore, database: Database) -> None:
+    job = await submit(store)
+    held = await claim_one(store)
+    await store.heartbeat([held], LEASE_S, {job.id: JobProgress(done=1, total=20)})
+    await pass_time(database, -3600.0)
+    await store.heartbeat([held], LEASE_S, {job.id: JobProgress(done=2, total=20)})
+    told = [event.data["done"] for event in await store.events(job.id, "ada") if event.kind == "progress"]
+    assert told == [1, 2]
+
+
 async def test_a_new_attempt_starts_without_the_outputs_of_the_last(store: JobStore) -> None:
     await submit(store)
     held = await claim_one(store)
