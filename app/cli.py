@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
 from models.errors import HeliographError, InvalidRequest
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="What the models are and what each can do.")
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 console = Console(stderr=True)
 
 ADDRESS = "http://127.0.0.1:8000"

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 
-from app.settings import ModelSettings, UpscalerSettings
+from app.settings import ModelSettings, UpscalerSettings, api_key
 from models.errors import HeliographError, InvalidRequest
 from models.events import Event, Failed, Finished, Progress, Timings
 from models.images import MEDIA_TYPES, ImageFormat
@@ -26,10 +26,12 @@ class Unreachable(HeliographError):
 
 
 class Client:
-    """Speaks the native API."""
+    """Speaks the native API, with the key of the environment where there is one."""
 
     def __init__(self, address: str):
         self._address = address.rstrip("/")
+        key = api_key()
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
 
     def models(self) -> list[dict[str, Any]]:
         """Every model the server offers."""
@@ -51,7 +53,7 @@ class Client:
         """Makes pictures and tells how it goes. Raises ServerSaid or Unreachable."""
         request = {"json": body | {"stream": True, "preview_every": 0}, "timeout": REQUEST_TIMEOUT_S}
         try:
-            with httpx2.stream("POST", f"{self._address}/v1/generate", **request) as answer:
+            with httpx2.stream("POST", f"{self._address}/v1/generate", headers=self._headers, **request) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     raise _refusal(answer)
@@ -64,7 +66,7 @@ class Client:
         body: dict[str, Any] = {"image": base64.b64encode(picture).decode(), "scale": wanted.scale}
         if wanted.model is not None:
             body["model"] = wanted.model
-        headers = {"accept": MEDIA_TYPES[format]}
+        headers = self._headers | {"accept": MEDIA_TYPES[format]}
         try:
             answer = httpx2.post(f"{self._address}/v1/upscale", json=body, headers=headers, timeout=REQUEST_TIMEOUT_S)
         except httpx2.HTTPError as gone:
@@ -75,7 +77,7 @@ class Client:
 
     def _get(self, path: str) -> dict[str, Any]:
         try:
-            answer = httpx2.get(self._address + path, timeout=30)
+            answer = httpx2.get(self._address + path, headers=self._headers, timeout=30)
         except httpx2.HTTPError as gone:
             raise self._unreachable(gone) from gone
         if answer.status_code != 200:

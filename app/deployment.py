@@ -3,6 +3,7 @@
 It also checks that the parts agree: the gateway offers what the applications run.
 """
 
+import ipaddress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -83,8 +84,26 @@ class Deployment(Strict):
     @property
     def catalogue(self) -> CatalogueSettings:
         """The models that the gateway offers."""
-        gateway = next(a for a in self.applications if a.import_path == GATEWAY_IMPORT)
-        return CatalogueSettings.model_validate(gateway.user_config("Gateway"))
+        return CatalogueSettings.model_validate(self._gateway.user_config("Gateway"))
+
+    @property
+    def _gateway(self) -> Application:
+        return next(a for a in self.applications if a.import_path == GATEWAY_IMPORT)
+
+    @property
+    def gateway(self) -> GatewaySettings:
+        """What the gateway is started with."""
+        return GatewaySettings.model_validate(self._gateway.args)
+
+    def refuse_exposure(self) -> None:
+        """Raises InvalidRequest where other machines would reach a server that wants no keys and was not told so."""
+        if self.gateway.auth == "loopback" and not _is_loopback(self.http_options.host):
+            raise InvalidRequest(
+                "host",
+                f"{self.http_options.host} is reachable from other machines, and this server has no API keys: give the "
+                "gateway `auth: keys` and make a key with `heliograph keys create`, or say `auth: open` to let "
+                "everybody in",
+            )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -114,6 +133,13 @@ class Deployment(Strict):
                 f"the gateway offers an upscaler, but no application {UPSCALER_APPLICATION} runs it with the same "
                 "settings; share them by a YAML anchor"
             )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _runs_model(application: Application) -> bool:

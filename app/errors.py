@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from app.stores.store import StorageFull
 from models.errors import (
     Cancelled,
     GenerationFailed,
@@ -28,14 +29,54 @@ class NotAcceptable(InvalidRequest):
     """None of the media types in `Accept` can be given."""
 
 
+class RangeNotSatisfiable(InvalidRequest):
+    """The `Range` begins beyond the end."""
+
+
+class Unauthenticated(HeliographError):
+    """This server wants an API key, as `Authorization: Bearer hk_...` or `x-api-key: hk_...`."""
+
+
+class Forbidden(HeliographError):
+    """This is not allowed to who asks."""
+
+
+class BudgetSpent(Overloaded):
+    """This key has used up what it may have for now. Try again after `retry_after_s` seconds.
+
+    `field` names the limit, `limit` is how much it allows, `remaining` how much of that is left.
+    """
+
+    def __init__(self, retry_after_s: float, message: str = "", field: str = "", limit: int = 0, remaining: int = 0):
+        super().__init__(retry_after_s, message)
+        self.args = (*self.args, field, limit, remaining)
+
+    @property
+    def field(self) -> str:
+        return str(self.args[2])
+
+    @property
+    def limit(self) -> int:
+        return int(self.args[3])
+
+    @property
+    def remaining(self) -> int:
+        return int(self.args[4])
+
+
 # The first line that fits counts: classes before their parents.
 _STATUS: tuple[tuple[type[HeliographError], int, str], ...] = (
     (MalformedBody, 400, "malformed_body"),
     (BodyTooLarge, 413, "body_too_large"),
     (NotAcceptable, 406, "not_acceptable"),
+    (RangeNotSatisfiable, 416, "range_not_satisfiable"),
     (InvalidRequest, 422, "invalid_request"),
+    (Unauthenticated, 401, "unauthenticated"),
+    (Forbidden, 403, "forbidden"),
     (NotFound, 404, "not_found"),
+    (BudgetSpent, 429, "budget_spent"),
     (Overloaded, 429, "overloaded"),
+    (StorageFull, 507, "storage_full"),
     (Unavailable, 503, "unavailable"),
     (Cancelled, 499, "cancelled"),
     (GenerationFailed, 500, "generation_failed"),
@@ -67,12 +108,28 @@ def code_of(error: HeliographError) -> str:
 
 
 def headers_of(error: HeliographError) -> dict[str, str]:
-    """Retry-After in whole seconds wherever coming back can help."""
+    """Retry-After in whole seconds wherever coming back can help; what a 401 must say; how much a budget has left."""
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": 'Bearer realm="heliograph"'}
     if isinstance(error, Overloaded | Unavailable):
-        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        seconds = max(1, math.ceil(error.retry_after_s))
+        budget = ratelimit(error.limit, error.remaining, seconds) if isinstance(error, BudgetSpent) else {}
+        return {"retry-after": str(seconds)} | budget
     if is_retryable(error):
         return {"retry-after": str(math.ceil(RETRY_AFTER_S))}
     return {}
+
+
+def ratelimit(limit: int, remaining: int, reset_s: float) -> dict[str, str]:
+    """The headers that say how much of a limit is left, and in how many seconds there is all of it again.
+
+    The three of draft-ietf-httpapi-ratelimit-headers-03, which clients know; later drafts have one header for all.
+    """
+    return {
+        "ratelimit-limit": str(limit),
+        "ratelimit-remaining": str(remaining),
+        "ratelimit-reset": str(math.ceil(reset_s)),
+    }
 
 
 def is_retryable(error: HeliographError) -> bool:
@@ -83,7 +140,7 @@ def is_retryable(error: HeliographError) -> bool:
 def envelope(error: HeliographError) -> dict[str, Any]:
     """The native answer's body for an error."""
     body: dict[str, Any] = {"code": code_of(error), "message": error.message}
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | BudgetSpent):
         body["field"] = error.field
     return {"error": body | {"retryable": is_retryable(error)}}
 

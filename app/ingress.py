@@ -6,18 +6,26 @@
 import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import dialects
+from app import dialects, stores
 from app.adapters import Shelf
+from app.auth import PUBLIC, Guard, RateLimitHeaders, scope
+from app.database import Database
 from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
 from app.fetch import Fetcher
+from app.keys import registry
+from app.keys.budgets import Budgets
+from app.metered import Metered
+from app.pictures import pictures
+from app.secret import derive, read_or_make
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
 from models.errors import HeliographError
@@ -40,14 +48,22 @@ class Gateway:
 
         self._settings = settings
         fetcher = Fetcher(settings.fetch) if settings.fetch.pictures else None
-        self._service = Service(Router(settings.request_timeout_s), fetcher)
+        self._budgets = Budgets()
+        self._service = Service(Metered(Router(settings.request_timeout_s), self._budgets), fetcher)
         self._readiness = Readiness(self._service)
+        self._database = Database(settings.database) if settings.auth == "keys" else None
+        self._migrated = False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build(self._service, self._settings, self._readiness.reason)
+        keys = registry.opened(self._database, self._settings.secret_file) if self._database else None
+        guard = Guard(self._settings.auth, keys, self._budgets)
+        return build(self._service, self._settings, self._readiness.reason, guard)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
+        if self._database and not self._migrated:
+            await self._database.migrate()
+            self._migrated = True
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
         self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
@@ -91,25 +107,40 @@ class Readiness:
                 await asyncio.sleep(WARM_UP_PAUSE_S)
 
 
-def build(service: Service, settings: GatewaySettings, unready_reason: Callable[[], Awaitable[str | None]]) -> FastAPI:
-    """The application: the configured dialects, health, errors, and the limits every request has to pass."""
-    app = FastAPI(title="Heliograph", description=DESCRIPTION, version="1", redoc_url=None)
+def build(
+    service: Service,
+    settings: GatewaySettings,
+    unready_reason: Callable[[], Awaitable[str | None]],
+    guard: Guard | None = None,
+) -> FastAPI:
+    """The application: the configured dialects, health, errors, and the limits every request has to pass.
+
+    `guard` may be left out where there are no keys.
+    """
+    guarded = [Depends(guard or Guard(settings.auth))]
+    app = FastAPI(title="Heliograph", description=DESCRIPTION, version="1", redoc_url=None, dependencies=guarded)
     for name in settings.dialects:
         app.include_router(dialects.load(name).routes(service))
+    if settings.store is not None:
+        secret = derive(read_or_make(Path(settings.secret_file)), "pictures")
+        app.include_router(pictures(stores.opened(settings.store, secret), secret))
     _add_health(app, unready_reason)
-    app.add_exception_handler(HeliographError, _answer_error)
+    app.add_exception_handler(HeliographError, answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
+    app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     return app
 
 
 def _add_health(app: FastAPI, unready_reason: Callable[[], Awaitable[str | None]]) -> None:
-    @app.get("/healthz", tags=["health"], summary="Whether the gateway lives")
+    public = scope(PUBLIC)
+
+    @app.get("/healthz", tags=["health"], summary="Whether the gateway lives", openapi_extra=public)
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], summary="Whether the default model has drawn a picture and runs")
+    @app.get("/readyz", tags=["health"], summary="Whether the default model draws pictures", openapi_extra=public)
     async def readyz() -> JSONResponse:
         reason = await unready_reason()
         if reason is None:
@@ -117,7 +148,8 @@ def _add_health(app: FastAPI, unready_reason: Callable[[], Awaitable[str | None]
         return JSONResponse({"status": "starting", "reason": reason}, 503, {"retry-after": "1"})
 
 
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """The handler of all errors of ours."""
     assert isinstance(error, HeliographError)
     return JSONResponse(envelope(error), status_of(error), headers_of(error))
 

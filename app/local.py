@@ -42,6 +42,7 @@ def running(deployment: Deployment, raw: dict[str, Any], report: Callable[[str],
 
     `report` hears what is being waited for. Raises DidNotStart or InvalidRequest.
     """
+    deployment.refuse_exposure()
     options = deployment.http_options
     _check_port_is_free(options.host, options.port)
     report("starting Ray")

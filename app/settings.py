@@ -189,6 +189,29 @@ def _network(entry: str) -> IPv4Network | IPv6Network | None:
         return None
 
 
+# keys: an API key for everything; open: none, for anybody; loopback: none, for this machine alone.
+AuthMode = Literal["loopback", "keys", "open"]
+
+
+class FolderSettings(Strict):
+    """Pictures in a folder, which all gateways have to share."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = "data/pictures"
+    base_url: str = Field(default="", description="what clients call this server; begins the pictures' addresses")
+
+
+class S3Settings(Strict):
+    """Pictures in a bucket. The credentials come from the environment, as AWS_ACCESS_KEY_ID and so on."""
+
+    kind: Literal["s3"]
+    bucket: str = Field(min_length=3, max_length=63)
+    prefix: str = Field(default="", description="a folder of the bucket; the bucket or this must be ours alone")
+    endpoint: str | None = Field(default=None, description="a server other than Amazon's")
+    region: str | None = None
+    conditional_put: bool = Field(default=True, description="whether the server honours If-None-Match")
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
@@ -196,6 +219,10 @@ class GatewaySettings(Strict):
     request_timeout_s: Positive = 600.0
     dialects: tuple[Name, ...] = ("native",)
     fetch: FetchSettings = FetchSettings()
+    auth: AuthMode = "loopback"
+    database: str = "sqlite:///data/heliograph.db"
+    secret_file: str = "data/secret"
+    store: FolderSettings | S3Settings | None = Field(default=None, discriminator="kind")
 
 
 class CatalogueSettings(Strict):
@@ -237,6 +264,11 @@ def set_ray_environment() -> None:
 def ray_auth_mode() -> str:
     """How Ray's own ports are guarded: `token` or `disabled`."""
     return os.environ.get("RAY_AUTH_MODE", RAY_ENVIRONMENT["RAY_AUTH_MODE"])
+
+
+def api_key() -> str:
+    """The key that the command sends to a server, HELIOGRAPH_API_KEY; empty where there is none."""
+    return os.environ.get("HELIOGRAPH_API_KEY", "")
 
 
 def cores() -> int:

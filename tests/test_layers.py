@@ -32,7 +32,10 @@ TORCH_FREE_MODELS = tuple(
 )
 TORCH_FREE_APP = tuple(
     f"app.{name}"
-    for name in ("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations")
+    for name in (
+        *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
+        *("auth", "keys", "metered", "pictures", "secret"),
+    )
 )
 
 # Who stands above whom. A module imports what stands below it or beside it, never above; what is not named is free.
@@ -45,7 +48,7 @@ MODELS_ORDER = (
 )
 APP_ORDER = (
     ("app.database", "app.migrations"),
-    ("app.router", "app.jobs", "app.stores"),
+    ("app.router", "app.jobs", "app.stores", "app.keys"),
     ("app.service",),
     ("app.dialects",),
     ("app.ingress", "app.replica", "app.upscaler"),

@@ -73,6 +73,31 @@ def test_the_gateway_offers_the_upscaler_that_runs(raw: dict[str, Any], tmp_path
     assert "named upscaler" in refusal(raw, tmp_path)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "pictures.example"])
+def test_a_server_without_keys_is_not_shown_to_other_machines(raw: dict[str, Any], host: str):
+    raw["http_options"]["host"] = host
+    with (
+        pytest.raises(InvalidRequest, match="heliograph keys create"),
+        local.running(deployment.Deployment.model_validate(raw), raw, print),
+    ):
+        pytest.fail("it runs")
+    for auth in ("keys", "open"):
+        raw["applications"][-1]["args"]["auth"] = auth
+        deployment.Deployment.model_validate(raw).refuse_exposure()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_server_on_loopback_needs_no_keys(raw: dict[str, Any], host: str):
+    raw["http_options"]["host"] = host
+    deployment.Deployment.model_validate(raw).refuse_exposure()
+
+
+def test_a_store_is_of_a_kind_that_there_is(raw: dict[str, Any], tmp_path: Path):
+    for store in ({"kind": "ftp"}, {"kind": "s3"}, {"kind": "folder", "bucket": "a"}, {"path": "a"}):
+        raw["applications"][-1]["args"]["store"] = store
+        assert "store" in refusal(raw, tmp_path)
+
+
 def test_an_application_is_named_after_its_model(raw: dict[str, Any], tmp_path: Path):
     raw["applications"][0]["name"] = "pictures"
     assert "must be named model-sd15" in refusal(raw, tmp_path)

@@ -1,0 +1,60 @@
+"""A router for callers: each has a budget, and nobody reaches another one's requests."""
+
+import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from app.events import Ending, ModelState, ReplicaEvent, Upscaled
+from app.keys.budgets import Budgets
+from app.keys.caller import ANONYMOUS, Caller, current
+from app.service import Router
+from models.images import ImageFormat
+from models.parts import Upscale
+from models.request import EffectiveRequest
+
+
+class Metered:
+    """Does what the router does, for the current caller."""
+
+    def __init__(self, router: Router, budgets: Budgets):
+        self._router, self._budgets = router, budgets
+
+    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+        caller = current.get()
+        with self._budgets.slot(caller):
+            await self._budgets.charge(caller, "pixel_steps_per_minute", pixel_steps(request))
+            async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
+                async for event in events:
+                    yield event
+
+    async def end(self, ending: Ending, id: str) -> bool:
+        return await self._router.end(ending, _own(current.get(), id))
+
+    async def state(self, model: str) -> ModelState:
+        return await self._router.state(model)
+
+    async def check_upscaler(self) -> None:
+        await self._router.check_upscaler()
+
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
+        with self._budgets.slot(current.get()):
+            return await self._router.upscale(picture, wanted, format)
+
+
+def pixel_steps(request: EffectiveRequest) -> int:
+    """What a request costs: its pixels times its steps, in both phases of a hires-fix, for all of its pictures.
+
+    Steps that a denoise strength leaves out are counted: the budget is known before the work.
+    """
+    cost = request.width * request.height * request.steps
+    if request.hires is not None:
+        width, height = request.largest
+        cost += width * height * (request.hires.steps or request.steps)
+    return cost * request.samples
+
+
+def _own(caller: Caller, id: str) -> str:
+    """The name that a caller's request has for the replicas: the same id from another caller names nothing."""
+    if caller == ANONYMOUS:
+        return id
+    return hashlib.sha256(f"{caller.id}:{id}".encode()).hexdigest()[:32]
