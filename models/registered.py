@@ -9,13 +9,14 @@ from models.adapters.textual_inversion import TextualInversion
 from models.errors import InvalidRequest, NotFound
 from models.family import Family
 from models.loras import Loras
+from models.weights import fitting
 
 
 class Adapters:
     """The adapters of one model. Files are looked up when they are asked for, so new ones need no restart.
 
     `folder` has LoRAs and textual inversions, a `.safetensors` file each; `controlnets` and `preprocessors` say where
-    those of a name lie. Raises InvalidRequest for a folder that is none.
+    those of a name lie. Raises InvalidRequest for a folder that is none, and where nothing lies.
     """
 
     def __init__(
@@ -64,4 +65,5 @@ def _usable(listed: Listed) -> bool:
 
 
 def _load(file: AdapterFile) -> TextualInversion:
-    return TextualInversion.read(file.name, file.read())
+    with fitting(f"the textual inversion {file.name!r}"):
+        return TextualInversion.read(file.name, file.read())
