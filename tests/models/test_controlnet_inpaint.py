@@ -45,9 +45,7 @@ def cases(model: str) -> dict[str, GenerationRequest]:
         "whole, another size": asked(model, "ddim", 0.6, controls=(replace(use, image=frame(96, 64)),)),
         "masked": asked(model, "euler_a", 1.0, controls=(use,), **region),
         "masked, in a corner": asked(model, "dpmpp_2m", 0.8, controls=(use,), **region | corner),
-        "masked, two": asked(
-            model, "ddim", 0.9, controls=(use, replace(use, image=wide["image"], weight=0.5, start=0.3)), **region
-        ),
+        "whole, two": asked(model, "ddim", 0.9, controls=(use, replace(use, image=sketch(), weight=0.5, start=0.3))),
     }
 
 
