@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.errors import GenerationFailed
 from models.images import Picture
 
 _FIT_SIDE = 128  # pixels of the pictures that the preview map is fitted on
@@ -69,6 +70,13 @@ class Autoencoder:
         inputs = latents.permute(0, 2, 3, 1).reshape(-1, self.channels).cpu()
         solution = torch.linalg.lstsq(torch.cat([inputs, torch.ones(len(inputs), 1)], 1), colours).solution
         return solution[:-1].T.to(self._device), solution[-1].to(self._device)
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """A decoded picture (3, H, W) in 0..1 as uint8 (H, W, 3). Raises GenerationFailed where it is not finite."""
+    if not np.isfinite(pixels).all():
+        raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
+    return (pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
 
 def _normalisation(vae: Any, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:

@@ -58,6 +58,17 @@ class Canvas:
         """The mask for latents, float32 (h / factor, w / factor), 0 or 1, sampled as diffusers samples it."""
         return (self.mask[::factor, ::factor] >= WHITE).astype(np.float32)
 
+    def fitted(self, picture: Picture) -> Picture:
+        """Another picture of what `base` shows, a ControlNet's, say: cut out and scaled as the canvas's own was.
+
+        Equal to what diffusers' ControlNet inpainting pipelines make of their control image.
+        """
+        size = self.picture.width, self.picture.height
+        if not self.cropped:
+            return picture.resized(*size)
+        height, width, _ = self.base.shape
+        return Picture.from_array(_worked(picture.resized(width, height).array(), self.box, size, cropped=True))
+
     def paste(self, drawn: np.ndarray) -> np.ndarray:
         """The base with the drawn picture (h, w, 3) in it, uint8 (H, W, 3); equal to the base where cover is 0."""
         image = Image.fromarray(drawn)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -16,7 +16,7 @@ from models.family import Conditioning, Embedding, Encoding, Family
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.script import Run, Script, write
-from models.tokens import Inversion, Loras, Wording
+from models.tokens import Identity, Inversion, Loras, Wording
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Conditioner:
         self._inversions = {} if inversions is None else inversions
         self._encoding = encoding
         self._capacity = capacity
-        self._embeddings: OrderedDict[Wording, Embedding] = OrderedDict()
+        self._embeddings: OrderedDict[Identity, Embedding] = OrderedDict()
         self._held = 0  # chunks
 
     def script(self, request: EffectiveRequest, runs: Sequence[Run] | None = None, loras: Loras = ()) -> Script:
@@ -77,18 +77,19 @@ class Conditioner:
     def encode(self, scripts: Sequence[Script]) -> list[Encoded]:
         """Each script's rows. What is new of all of them is encoded together."""
         lines = [line for script in scripts for line in script.lines]
-        self._embed(dict.fromkeys(wording for line in lines for _, wording in line.timeline))
+        self._embed({wording.identity: wording for line in lines for _, wording in line.timeline})
         encoded = [self._encoded(script) for script in scripts]
         while self._held > self._capacity:
             _, embedding = self._embeddings.popitem(last=False)
             self._held -= embedding.report.chunks
         return encoded
 
-    def _embed(self, wordings: Iterable[Wording]) -> None:
-        missing = [wording for wording in wordings if wording not in self._embeddings]
+    def _embed(self, wordings: Mapping[Identity, Wording]) -> None:
+        missing = {identity: wording for identity, wording in wordings.items() if identity not in self._embeddings}
         if missing:
-            for wording, embedding in zip(missing, self._family.embed(missing, self._encoding), strict=True):
-                self._embeddings[wording] = embedding
+            embeddings = self._family.embed(list(missing.values()), self._encoding)
+            for identity, embedding in zip(missing, embeddings, strict=True):
+                self._embeddings[identity] = embedding
                 self._held += embedding.report.chunks
 
     def _encoded(self, script: Script) -> Encoded:
@@ -104,8 +105,8 @@ class Conditioner:
         return Encoded(rows, {field: reduce(add, parts) for field, parts in reports.items()})
 
     def _embedding(self, wording: Wording) -> Embedding:
-        self._embeddings.move_to_end(wording)
-        return self._embeddings[wording]
+        self._embeddings.move_to_end(wording.identity)
+        return self._embeddings[wording.identity]
 
     def _timeline(
         self, embeddings: list[tuple[int, Embedding]], sizes: Sequence[tuple[int, tuple[int, int]]]

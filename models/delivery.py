@@ -1,30 +1,22 @@
 """From finished latents to encoded pictures: decoded a few at a time between steps, packed in threads of their own."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from models import metadata
-from models.autoencoder import Autoencoder
+from models.autoencoder import Autoencoder, to_bytes
 from models.errors import GenerationFailed
+from models.events import Finished, Timings
 from models.images import encode
 from models.sequence import Sequence
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
 
-OnPacked = Callable[[Sequence, "Packed | GenerationFailed"], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """An encoded picture."""
-
-    data: bytes
-    width: int
-    height: int
+OnPacked = Callable[[Sequence, Finished | GenerationFailed], None]
 
 
 class Delivery:
@@ -62,22 +54,34 @@ class Delivery:
 
     def _pack(self, sequence: Sequence, picture: np.ndarray) -> None:
         try:
-            self._on_packed(sequence, _packed(sequence, picture, self._revision))
+            self._on_packed(sequence, _finished(sequence, picture, self._revision))
         except GenerationFailed as failed:
             self._on_packed(sequence, failed)
         except Exception as fault:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
 
 
-def _packed(sequence: Sequence, picture: np.ndarray, revision: str) -> Packed:
+def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finished:
     """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
-    if not np.isfinite(picture).all():
-        raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
+    request, array = sequence.request, to_bytes(picture)
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
-    array = (picture.transpose(1, 2, 0) * 255).round().astype(np.uint8)
-    if sequence.canvas is not None and sequence.request.paste_back:
+    if sequence.canvas is not None and request.paste_back:
         array = sequence.canvas.paste(array)
-    text = metadata.write(sequence.request, revision, sequence.request.metadata)
-    data = encode(array, sequence.request.output_format, text)
-    return Packed(data=data, width=array.shape[1], height=array.shape[0])
+    return Finished(
+        index=sequence.index,
+        seed=request.seed,
+        data=encode(array, request.output_format, metadata.write(request, revision, request.metadata)),
+        format=request.output_format,
+        width=array.shape[1],
+        height=array.shape[0],
+        revision=revision,
+        timings=Timings(
+            queued_s=sequence.joined - sequence.submitted,
+            encode_s=sequence.encoded - sequence.joined,
+            denoise_s=sequence.denoised - sequence.encoded,
+            decode_s=time.monotonic() - sequence.denoised,
+        ),
+        prompts=sequence.reports,
+        warnings=tuple(sequence.warnings),
+    )

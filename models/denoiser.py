@@ -66,6 +66,15 @@ class Denoiser:
 
         Nothing has changed when it raises, so the same sequences can be stepped again in smaller batches.
         """
+        states = [sequence.generator.get_state() for sequence in sequences]
+        try:
+            return self._step(sequences)
+        except BaseException:
+            for sequence, state in zip(sequences, states, strict=True):
+                sequence.generator.set_state(state)
+            raise
+
+    def _step(self, sequences: list[Sequence]) -> torch.Tensor:
         batch = self._assemble(sequences)
         tapes = [(s.tape, s.position) for s in sequences]
         x = batch.history[:, 0]

@@ -15,16 +15,17 @@ import torch
 from models.aside import aside
 from models.batcher import Batcher, knee
 from models.card import ModelCard
-from models.delivery import Delivery, Packed
+from models.delivery import Delivery
 from models.denoiser import Denoiser
 from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, Overloaded
-from models.events import Event, Failed, Finished, Progress, Timings
+from models.events import Event, Failed, Finished, Progress
 from models.family import Family
 from models.images import encode_preview
 from models.preparation import Preparation
 from models.registered import Adapters
 from models.request import GenerationRequest, warm_up_request
 from models.sequence import Sequence
+from models.weights import out_of_memory
 
 OnEvent = Callable[[Event], None]
 
@@ -50,12 +51,13 @@ class Load:
 
 @dataclass(kw_only=True)
 class _Ticket:
-    """A submitted request: who is told, of how much, and which of its pictures are still to come."""
+    """A submitted request: who is told, of how much, which pictures are still to come, how many are being prepared."""
 
     on_event: OnEvent
     progress: bool
     preview_every: int
     pending: set[int]
+    preparing: int
 
 
 class Engine:
@@ -90,26 +92,46 @@ class Engine:
         """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
 
         Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
-        Raises InvalidRequest, NotFound, and Overloaded when `max_waiting` pictures would wait.
+        Raises Overloaded when `max_waiting` pictures would wait, before anything is prepared; InvalidRequest, NotFound
+        and GenerationFailed for what cannot be prepared.
         """
+        submitted = time.monotonic()
         effective = request.resolve(self.card)
         if effective.upscale is not None:
             raise InvalidRequest("upscale", "an engine does not enlarge what it has drawn; models.upscaler does")
         ticket_id = id or uuid.uuid4().hex
-        indices = range(effective.samples)
-        sequences = aside(lambda: self._preparation.sequences(effective, ticket_id))
+        ticket = _Ticket(
+            on_event=on_event,
+            progress=progress,
+            preview_every=effective.preview_every,
+            pending=set(range(effective.samples)),
+            preparing=effective.samples,
+        )
+        self._admit(ticket_id, ticket)
+        try:
+            sequences = aside(lambda: self._preparation.sequences(effective, ticket_id, submitted))
+        except BaseException:
+            self.cancel(ticket_id)
+            raise
         with self._lock:
-            waiting = sum(sequence.history is None for sequence in self._live)
-            if self._closed:
-                raise Overloaded(5.0, "this engine is shutting down")
-            if waiting + len(sequences) > self._max_waiting:
-                raise Overloaded(max(1.0, self._seconds_left()), f"{waiting} pictures wait already")
-            self._tickets[ticket_id] = _Ticket(
-                on_event=on_event, progress=progress, preview_every=effective.preview_every, pending=set(indices)
-            )
-            self._live += sequences
+            ticket.preparing = 0
+            self._live += sequences  # where the ticket has gone meanwhile, they leave before the next step
             self._lock.notify()
         return ticket_id
+
+    def _admit(self, ticket_id: str, ticket: _Ticket) -> None:
+        with self._lock:
+            waiting = self._waiting()
+            if self._closed:
+                raise Overloaded(5.0, "this engine is shutting down")
+            if waiting + ticket.preparing > self._max_waiting:
+                raise Overloaded(max(1.0, self._seconds_left()), f"{waiting} pictures wait already")
+            self._tickets[ticket_id] = ticket
+
+    def _waiting(self) -> int:
+        """Pictures that have not begun, those that are being prepared among them; under the lock."""
+        preparing = sum(ticket.preparing for ticket in self._tickets.values())
+        return preparing + sum(sequence.history is None for sequence in self._live)
 
     def cancel(self, ticket_id: str) -> None:
         """The request leaves before the next step and nothing more is heard of it. Unknown ids are done already."""
@@ -125,10 +147,9 @@ class Engine:
 
     def load(self) -> Load:
         with self._lock:
-            waiting = sum(sequence.history is None for sequence in self._live)
             return Load(
-                waiting=waiting,
-                running=len(self._live) - waiting + len(self._delivery.queue),
+                waiting=self._waiting(),
+                running=sum(s.history is not None for s in self._live) + len(self._delivery.queue),
                 rows=sum(sequence.rows for sequence in self._live),
                 forwards=self._forwards,
                 seconds_left=self._seconds_left(),
@@ -223,7 +244,7 @@ class Engine:
         except HeliographError as refusal:  # of one sequence that was worked on alone
             self._fail(sequences[0].ticket, refusal)
         except Exception as fault:
-            memory = isinstance(fault, torch.OutOfMemoryError)
+            memory = out_of_memory(fault)
             half = len(sequences) // 2
             if memory:
                 self._spare_memory(sequences[:half])
@@ -280,7 +301,7 @@ class Engine:
             progress = replace(progress, preview=encode_preview(small, scale))
         ticket.on_event(progress)
 
-    def _packed(self, sequence: Sequence, outcome: Packed | GenerationFailed) -> None:
+    def _packed(self, sequence: Sequence, outcome: Finished | GenerationFailed) -> None:
         """Called from the packing threads."""
         if isinstance(outcome, GenerationFailed):
             self._fail(sequence.ticket, outcome)
@@ -292,7 +313,7 @@ class Engine:
             ticket.pending.discard(sequence.index)
             if not ticket.pending:
                 del self._tickets[sequence.ticket]
-        ticket.on_event(_finished(sequence, outcome, self.revision))
+        ticket.on_event(outcome)
 
     def _fail(self, ticket_id: str, error: HeliographError) -> None:
         with self._lock:
@@ -324,7 +345,7 @@ class Engine:
         """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before stepping."""
         request = warm_up_request(self.card, steps=2)
         self.generate([request])
-        [sequence] = self._preparation.sequences(request.resolve(self.card), "")
+        [sequence] = self._preparation.sequences(request.resolve(self.card), "", time.monotonic())
         self.batcher.set_cap(sequence.shape, cap or knee(self._measure()))
 
     def _measure(self) -> dict[int, float]:
@@ -342,8 +363,8 @@ class Engine:
 
     def _time_forward(self, rows: int) -> float:
         """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
-        plain = warm_up_request(self.card, guidance_scale=1.0, steps=5)
-        sequences = [self._preparation.sequences(plain.resolve(self.card), "")[0] for _ in range(rows)]
+        plain = warm_up_request(self.card, guidance_scale=1.0, steps=5).resolve(self.card)
+        sequences = [self._preparation.sequences(plain, "", time.monotonic())[0] for _ in range(rows)]
         self._preparation.join(sequences)
         seconds = []
         for _ in range(5):
@@ -377,24 +398,3 @@ def host(make: Callable[[], Engine]) -> Engine:
 def _check_tasks(family: Family, card: ModelCard) -> None:
     if family.takes_mask and card.tasks != ("inpaint",):
         raise InvalidRequest("defaults.tasks", f"the UNet of {card.name} is one for inpainting alone: say [inpaint]")
-
-
-def _finished(sequence: Sequence, packed: Packed, revision: str) -> Finished:
-    request = sequence.request
-    return Finished(
-        index=sequence.index,
-        seed=request.seed,
-        data=packed.data,
-        format=request.output_format,
-        width=packed.width,
-        height=packed.height,
-        revision=revision,
-        timings=Timings(
-            queued_s=sequence.joined - sequence.submitted,
-            encode_s=sequence.encoded - sequence.joined,
-            denoise_s=sequence.denoised - sequence.encoded,
-            decode_s=time.monotonic() - sequence.denoised,
-        ),
-        prompts=sequence.reports,
-        warnings=tuple(sequence.warnings),
-    )

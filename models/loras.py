@@ -9,6 +9,7 @@ from torch import nn
 from models.adapters.lora import TEXT_ENCODERS, UNET, Lora, LoraLayers, Mix, load
 from models.adapters.registry import AdapterCache, AdapterFile, Registry
 from models.parts import AdapterUse
+from models.weights import fitting
 
 CAPACITY_BYTES = 2 * 2**30
 
@@ -31,7 +32,8 @@ class Loras:
     def mix(self, uses: Sequence[AdapterUse]) -> Mix:
         """What a request asks for, loaded; whoever holds it is not concerned by what happens to the files later.
 
-        Raises NotFound for an unknown name, InvalidRequest for a LoRA that this model cannot use.
+        Raises NotFound for an unknown name, InvalidRequest for a LoRA that this model cannot use, and GenerationFailed
+        for one that does not fit into memory.
         """
         found = [(self._registry.find(use.name, "lora"), use.weight) for use in uses]
         return tuple((self._cache.get(file, self._load), weight) for file, weight in found if weight)
@@ -57,4 +59,5 @@ class Loras:
             yield
 
     def _load(self, file: AdapterFile) -> Lora:
-        return load(file.name, file.sha256, file.read(), self._networks)
+        with fitting(f"the LoRA {file.name!r}"):
+            return load(file.name, file.sha256, file.read(), self._networks)

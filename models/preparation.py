@@ -4,13 +4,13 @@ import math
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from models.autoencoder import to_bytes
 from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
-from models.errors import GenerationFailed
+from models.errors import InvalidRequest
 from models.family import Family
 from models.images import Picture
 from models.registered import Adapters
@@ -30,16 +30,18 @@ class Preparation:
         self._tapes = Tapes(family.scheduler_config)
         self._conditioner = Conditioner(family, adapters.inversions, adapters.loras.encoding)
 
-    def sequences(self, request: EffectiveRequest, ticket: str) -> list[Sequence]:
-        """A request's pictures, still without tensors.
+    def sequences(self, request: EffectiveRequest, ticket: str, submitted: float) -> list[Sequence]:
+        """A request's pictures, still without tensors; `submitted` is when the request came, of time.monotonic().
 
-        Raises InvalidRequest for a bad tape, mask, prompt or adapter, and NotFound for one that is not registered.
+        Raises InvalidRequest for a bad tape, mask, prompt or adapter, NotFound for one that is not registered, and
+        GenerationFailed for one that does not fit into memory.
         """
+        phases = self._phases(request)
+        _check_stop(request, sum(len(phase.tape) for phase in phases))
         mix = self._adapters.loras.mix(request.adapters)
-        phases = tuple(self._steered(request, phase) for phase in self._phases(request))
+        phases = tuple(self._steered(request, phase) for phase in phases)
         runs = [Run(phase.tape.steps, *self._size(phase)) for phase in phases]
         script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
-        now = time.monotonic()
         return [
             Sequence(
                 request=one,
@@ -49,8 +51,8 @@ class Preparation:
                 script=script,
                 mix=mix,
                 generator=torch.Generator().manual_seed(one.seed),
-                submitted=now,
-                deadline=math.inf if one.deadline_s is None else now + one.deadline_s,
+                submitted=submitted,
+                deadline=math.inf if one.deadline_s is None else submitted + one.deadline_s,
                 stop=NEVER if one.stop_at_step is None else one.stop_at_step,
             )
             for index, one in enumerate(request.sample(i) for i in range(request.samples))
@@ -62,7 +64,8 @@ class Preparation:
         encoded = self._conditioner.encode([sequence.script for sequence in sequences])
         for sequence, told in zip(sequences, encoded, strict=True):
             if sequence.history is None:
-                sequence.conditioning, sequence.reports, sequence.warnings = told.rows, told.reports, told.warnings
+                sequence.conditioning, sequence.reports = told.rows, told.reports
+                sequence.warnings = [*told.warnings, *_unheard(sequence)]
                 self._begin(sequence)
                 sequence.joined, sequence.encoded = started, time.monotonic()
 
@@ -108,8 +111,12 @@ class Preparation:
         return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
 
     def _steered(self, one: EffectiveRequest, phase: Phase) -> Phase:
-        """The phase with the request's ControlNets, their hints of its size."""
-        return replace(phase, controls=self._adapters.controlnets.controls(one.controls, *self._size(phase)))
+        """The phase with the request's ControlNets, whose pictures become hints of its size and place."""
+
+        def fit(picture: Picture) -> Picture:
+            return picture.resized(*self._size(phase)) if phase.canvas is None else phase.canvas.fitted(picture)
+
+        return replace(phase, controls=self._adapters.controlnets.controls(one.controls, fit))
 
     def _size(self, phase: Phase) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -126,10 +133,7 @@ class Preparation:
         """The sequence's latents at the shape of a phase, enlarged as latents or by way of a picture."""
         if phase.enlarge == "latent":
             return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
-        pixels = self._autoencoder.decode(sequence.latents[None])[0].permute(1, 2, 0)
-        if not pixels.isfinite().all():
-            raise GenerationFailed("nan_latents", "the network's output was not finite; another dtype may help")
-        picture = Picture.from_array((pixels.numpy() * 255).round().astype(np.uint8))
+        picture = Picture.from_array(to_bytes(self._autoencoder.decode(sequence.latents[None])[0].numpy()))
         larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
 
@@ -157,6 +161,21 @@ class Preparation:
         elif sequence.request.mask_fill == "noise":
             clean = clean * (1 - mask) + sequence.noise().to(device) * mask
         return clean, noise
+
+
+def _check_stop(request: EffectiveRequest, forwards: int) -> None:
+    """Raises InvalidRequest for a stop behind the end."""
+    stop = request.stop_at_step
+    if stop is not None and stop > forwards:
+        allowed = f"must be at most {forwards}, which is how many forwards this request takes"
+        raise InvalidRequest("stop_at_step", f"{allowed}, not {stop}")
+
+
+def _unheard(sequence: Sequence) -> list[str]:
+    """What is said of a negative prompt for which there is no row. Clients send one whatever the guidance."""
+    if sequence.rows > 1 or not sequence.request.negative_prompt:
+        return []
+    return [f"negative_prompt plays no part at guidance_scale {sequence.request.guidance_scale:g}, only above 1"]
 
 
 def _first_noise(sequence: Sequence) -> torch.Tensor:

@@ -23,7 +23,7 @@ from models.limits import Range
 TOKEN_WEIGHT = Range(0.0, 10.0)
 PART_WEIGHT = Range(-10.0, 10.0)  # below 0: away from the part
 PARTS = 8  # of one prompt with AND: each is one more row of every forward
-VARIANTS = 32  # different texts that one part becomes over the steps: each is encoded
+VARIANTS = 32  # different texts that a prompt, all its parts together, becomes over the steps: each is encoded
 NESTING = 50  # brackets inside each other
 _MORE = 1.1
 
@@ -41,6 +41,8 @@ class Span(NamedTuple):
 
 Text: TypeAlias = tuple[tuple[Span, ...], ...]
 """What an encoder is given: sections, of which each starts a new chunk, made of spans."""
+Timeline: TypeAlias = tuple[tuple[int, Text], ...]
+"""(first forward, text) wherever a text changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +133,19 @@ class Part:
                 sections[-1].append(([piece.text], piece.weight))
         return tuple(tuple(Span("".join(texts), weight) for texts, weight in section) for section in sections)
 
-    def timeline(self, numbers: Sequence[int], steps: int) -> tuple[tuple[int, Text], ...]:
+    def timeline(self, numbers: Sequence[int], steps: int, room: int = VARIANTS) -> Timeline:
         """(first forward, text) wherever the text changes. `numbers` says of each forward which step it belongs to.
 
-        Shares count of `steps`. Raises InvalidRequest for more than 32 different texts, or weights out of range.
+        Shares count of `steps`. Raises InvalidRequest for more than `room` different texts, or weights out of range.
         """
         texts: dict[tuple[int, ...], Text] = {}
         line: list[tuple[int, Text]] = []
         for forward, number in enumerate(numbers or (0,)):
             choices = tuple(change.choice(number, steps) for change in self.changes)
             if choices not in texts:
-                if len(texts) == VARIANTS:
-                    raise InvalidRequest(
-                        self.field, f"becomes more than {VARIANTS} different texts; change it less often"
-                    )
+                if len(texts) == room:
+                    together = f"more than {VARIANTS} different texts, those of parts joined by AND counted together"
+                    raise InvalidRequest(self.field, f"becomes {together}; change it less often")
                 texts[choices] = self.at(number, steps)
             if not line or texts[choices] != line[-1][1]:
                 line.append((forward, texts[choices]))
@@ -167,6 +168,19 @@ def parse(field: str, prompt: str, syntax: str = "weighted") -> tuple[Part, ...]
     if _LORA.search(prompt):
         raise InvalidRequest(field, "adapters stand in the prompt, as <lora:name:weight>, and nowhere else")
     return _Reader(field).read(prompt)
+
+
+def timelines(parts: Sequence[Part], numbers: Sequence[int], steps: int) -> list[Timeline]:
+    """The timeline of each part of one prompt.
+
+    Raises InvalidRequest for more than 32 different texts in all of them together, or weights out of range.
+    """
+    lines: list[Timeline] = []
+    room = VARIANTS
+    for part in parts:
+        lines.append(part.timeline(numbers, steps, room))
+        room -= len({text for _, text in lines[-1]})
+    return lines
 
 
 def extract_loras(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
@@ -192,8 +206,8 @@ class _Reader:
     def __init__(self, field: str):
         self._field = field
         self._open: list[tuple[str, _Items]] = [("", [])]  # the bracket, and what stands in it so far
-        self._parts: list[_Items] = []
-        self._changes: list[_Change | _Turns] = []
+        self._parts: list[tuple[_Items, tuple[_Change | _Turns, ...]]] = []
+        self._changes: list[_Change | _Turns] = []  # in the part that is being read
 
     def read(self, prompt: str) -> tuple[Part, ...]:
         end = 0
@@ -205,10 +219,16 @@ class _Reader:
         while len(self._open) > 1:
             bracket, items = self._open.pop()
             self._add(_Emphasis(_literal(items), _MORE if bracket == "(" else 1 / _MORE))
-        self._parts.append(self._open[0][1])
+        self._end_part()
         if len(self._parts) == 1:
-            return (Part(self._field, _literal(self._parts[0]), changes=tuple(self._changes)),)
+            [(items, changes)] = self._parts
+            return (Part(self._field, _literal(items), changes=changes),)
         return self._composed()
+
+    def _end_part(self) -> None:
+        self._parts.append((self._open.pop()[1], tuple(self._changes)))
+        self._open.append(("", []))
+        self._changes = []
 
     def _text(self, text: str) -> None:
         if text:
@@ -266,14 +286,13 @@ class _Reader:
             raise InvalidRequest(self._field, "AND composes parts of the prompt only; write `and` for the word")
         if len(self._open) > 1:
             raise InvalidRequest(self._field, "AND stands between whole prompts, outside of brackets")
-        self._parts.append(self._open.pop()[1])
-        self._open.append(("", []))
+        self._end_part()
         if len(self._parts) >= PARTS:
             raise InvalidRequest(self._field, f"has more than {PARTS} parts joined by AND")
 
     def _composed(self) -> tuple[Part, ...]:
         parts = []
-        for items in self._parts:
+        for items, changes in self._parts:
             content, number = _numbered(items)
             if not any(not isinstance(item, str) or item.strip() for item in content):
                 raise InvalidRequest(self._field, "has nothing on one side of an AND; write `and` for the word")
@@ -281,7 +300,7 @@ class _Reader:
             if not PART_WEIGHT.low <= weight <= PART_WEIGHT.high:
                 allowed = f"must be between {PART_WEIGHT.low:g} and {PART_WEIGHT.high:g}"
                 raise InvalidRequest(self._field, f"the weight of a part {allowed}, not {weight:g}")
-            parts.append(Part(self._field, content, weight, tuple(self._changes)))
+            parts.append(Part(self._field, content, weight, changes))
         return tuple(parts)
 
 

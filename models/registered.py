@@ -9,6 +9,7 @@ from models.adapters.textual_inversion import TextualInversion
 from models.errors import InvalidRequest, NotFound
 from models.family import Family
 from models.loras import CAPACITY_BYTES, Loras
+from models.weights import fitting
 
 
 class Adapters:
@@ -16,7 +17,7 @@ class Adapters:
 
     `folder` has LoRAs and textual inversions, a `.safetensors` file each; `controlnets` and `preprocessors` say where
     those of a name lie; `lora_bytes` is how much memory LoRAs may take that are kept for later. Raises InvalidRequest
-    for a folder that is none.
+    for a folder that is none, and where nothing lies.
     """
 
     def __init__(
@@ -66,4 +67,5 @@ def _usable(listed: Listed) -> bool:
 
 
 def _load(file: AdapterFile) -> TextualInversion:
-    return TextualInversion.read(file.name, file.read())
+    with fitting(f"the textual inversion {file.name!r}"):
+        return TextualInversion.read(file.name, file.read())

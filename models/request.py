@@ -159,7 +159,9 @@ class GenerationRequest:
     def _strength(self) -> float:
         if self.image is None and self.denoise_strength is not None:
             raise InvalidRequest("denoise_strength", "needs an input picture in `image`")
-        return _STRENGTH[self.task] if self.denoise_strength is None else self.denoise_strength
+        filled = self.task == "inpaint" and self.mask_fill != "original"  # which from noise alone would not be seen
+        default = _STRENGTH["img2img" if filled else self.task]
+        return default if self.denoise_strength is None else self.denoise_strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +216,10 @@ class EffectiveRequest(GenerationRequest):
             raise InvalidRequest("prompt", "must not be empty without an input picture")
         limits.check_text("negative_prompt", self.negative_prompt)
         self._check_choices()
-        parse("prompt", self.prompt, self.prompt_syntax)
+        parts = parse("prompt", self.prompt, self.prompt_syntax)
         parse("negative_prompt", self.negative_prompt, self.prompt_syntax)
         self._check_ranges()
-        self._check_company()
+        self._check_company(unconditional=self.guided or len(parts) > 1)
         self._check_input(card)
         self._check_parts()
         self._check_size(card)
@@ -250,14 +252,18 @@ class EffectiveRequest(GenerationRequest):
         if self.deadline_s is not None:
             limits.DEADLINE_S.check("deadline_s", self.deadline_s)
 
-    def _check_company(self) -> None:
+    def _check_company(self, unconditional: bool) -> None:
         """Fields that say nothing without another one are not passed over in silence."""
-        if self.variation_seed is not None and not self.variation_strength:
-            raise InvalidRequest("variation_seed", "needs a `variation_strength` above 0")
-        if self.task != "inpaint":
-            for field in _OF_A_MASK:
-                if getattr(self, field) != getattr(GenerationRequest, field):
-                    raise InvalidRequest(field, "needs a `mask`, or borders to `outpaint`")
+        self._check_needs(self.variation_strength > 0, ("variation_seed",), "a `variation_strength` above 0")
+        self._check_needs(unconditional, ("guidance_rescale",), "a `guidance_scale` above 1")
+        self._check_needs(self.task == "inpaint", _OF_A_MASK, "a `mask`, or borders to `outpaint`")
+        self._check_needs(self.mask_region == "masked", ("mask_padding",), "`mask_region` to be `masked`")
+        self._check_needs(self.denoise_strength < 1, ("mask_fill",), "a `denoise_strength` below 1: at 1 noise is all")
+
+    def _check_needs(self, met: bool, names: tuple[str, ...], what: str) -> None:
+        for name in names:
+            if not met and getattr(self, name) != getattr(GenerationRequest, name):
+                raise InvalidRequest(name, f"needs {what}")
 
     def _check_input(self, card: ModelCard) -> None:
         """The input picture and what needs one."""

@@ -1,11 +1,11 @@
 """What a picture's prompts say, to which row and when: planned before anything is encoded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from models.errors import InvalidRequest
 from models.family import Family
-from models.prompt import Part, Text, parse
+from models.prompt import Text, parse, timelines
 from models.request import EffectiveRequest
 from models.tokens import Inversion, Loras, Wording, named
 
@@ -61,19 +61,24 @@ def write(
         done += run.steps[-1] + 1 if run.steps else 0
     steps = runs[0].steps[-1] + 1 if runs[0].steps else request.steps
 
-    def line(part: Part, clip_skip: int) -> Line:
-        timeline: Iterable[tuple[int, Text]] = part.timeline(numbers, steps)
-        worded = [
-            (first, Wording(text, clip_skip, _named(family, inversions, part.field, text), loras))
-            for first, text in timeline
-        ]
-        return Line(part.field, tuple(worded), part.weight)
+    def written(field: str, prompt: str, clip_skip: int) -> list[Line]:
+        parts = parse(field, prompt, request.prompt_syntax)
+        lines = []
+        for part, timeline in zip(parts, timelines(parts, numbers, steps), strict=True):
+            worded = [
+                (first, Wording(text, clip_skip, _named(family, inversions, field, text), loras))
+                for first, text in timeline
+            ]
+            lines.append(Line(field, tuple(worded), part.weight))
+        return lines
 
-    lines = [line(part, request.clip_skip) for part in parse("prompt", request.prompt, request.prompt_syntax)]
+    lines = written("prompt", request.prompt, request.clip_skip)
     if request.guided or len(lines) > 1:
-        [negative] = parse("negative_prompt", request.negative_prompt, request.prompt_syntax)
+        [negative] = written(
+            "negative_prompt", request.negative_prompt, clip_skip=0
+        )  # which is the prompt's in diffusers
         zeros = family.zero_empty_negative and not request.negative_prompt
-        lines.insert(0, replace(line(negative, 0), zeros=zeros))  # clip skip is the prompt's, as in diffusers
+        lines.insert(0, replace(negative, zeros=zeros))
     if sum(len(line.timeline) for line in lines) > TEXTS:
         raise InvalidRequest(
             "prompt", f"changes through more than {TEXTS} texts in all, the negative prompt's included"

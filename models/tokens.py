@@ -14,9 +14,10 @@ from models.prompt import PromptReport, Span, Text
 CHUNKS = 16  # of one text
 _NAME = re.compile(r"<([\w.-]+)>|[\w-]+(?:\.[\w-]+)*")
 
-
 Loras = tuple[tuple[Any, float], ...]
-"""What is put on the encoders for one text, and how strongly; they are only handed through here."""
+"""What is put on the encoders for one text, and how strongly: each has a `name` and a `sha256`; handed through here."""
+Identity = tuple[Text, int, tuple[tuple[str, str], ...], tuple[tuple[str, str, float], ...]]
+"""A text, layers left out, inversions by name and sha256, LoRAs by name, sha256 and weight."""
 
 
 class Inversion(Protocol):
@@ -24,6 +25,8 @@ class Inversion(Protocol):
 
     @property
     def vectors(self) -> tuple[torch.Tensor, ...]: ...
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Wording:
     def plain(cls, text: str, clip_skip: int = 0) -> "Wording":
         """A text without any emphasis."""
         return cls(((Span(text),),), clip_skip)
+
+    @property
+    def identity(self) -> Identity:
+        """What its embedding can be remembered by: the adapters by their content, so that none is kept in memory."""
+        inversions = tuple((name, inversion.sha256) for name, inversion in self.inversions)
+        return self.text, self.clip_skip, inversions, tuple((lora.name, lora.sha256, w) for lora, w in self.loras)
 
 
 @dataclass(frozen=True)

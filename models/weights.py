@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import ModelMixin
 from diffusers.loaders import single_file_utils
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from models.errors import InvalidRequest
+from models.errors import GenerationFailed, InvalidRequest
 from models.offload import offload
 
 Tensors = dict[str, torch.Tensor]
@@ -269,10 +270,26 @@ def refusing(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, single_file_utils.SingleFileComponentError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             raise
         reason = "the file lacks some of its weights" if isinstance(error, NotImplementedError) else error  # on meta
         raise InvalidRequest("location", f"{what} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Turns running out of memory while something is loaded into a failure that another try may not meet."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GenerationFailed("out_of_memory", f"{what} does not fit into memory: {error}") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no room: torch tells the one by a class, the other in words alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
 def fingerprint(files: Files, names: Mapping[str, type]) -> str:

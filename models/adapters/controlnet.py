@@ -5,12 +5,13 @@ Source: Zhang et al., arXiv:2302.05543. Several on one row add up; a row without
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors.torch import load_file
 
-from models.errors import InvalidRequest, NotFound
+from models.errors import GenerationFailed, InvalidRequest, NotFound
 from models.family import Conditioning, Residuals
+from models.images import Picture
 from models.parts import ControlUse
 from models.preprocessors import preprocess
 from models.rowwise import RowThreads
-from models.weights import Placement, check_safetensors, component_files, from_folder, read_json, refusing
+from models.weights import Placement, check_safetensors, component_files, fitting, from_folder, read_json, refusing
 
 # What has to be as in the UNet, for the residuals to fit and to mean what it expects.
 SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
@@ -53,13 +55,8 @@ class ControlNet:
 
         Raises InvalidRequest for anything that is not safetensors, and for one made for another base model.
         """
-        path = Path(location).expanduser()
-        if path.is_dir():
-            network = _from_folder(path, base, placement)
-        elif path.is_file():
-            network = _from_file(path, base, placement)
-        else:
-            raise InvalidRequest("location", f"{path} is neither a folder nor a file")
+        path = _found("location", location)
+        network = (_from_folder if path.is_dir() else _from_file)(path, base, placement)
         network.eval().requires_grad_(False)
         if placement.device.type == "cuda":
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (as in models.weights)
@@ -109,7 +106,8 @@ class ControlNets:
     """The ControlNets registered for one model, name -> folder or file: loaded when first asked for, kept by bytes.
 
     `base` is the UNet's configuration; `preprocessors` says where those that need weights have them. Safe to use from
-    several threads, of which one loads at a time.
+    several threads, of which one loads at a time. What leaves lives on as long as somebody uses it, and is found again
+    until then. Raises InvalidRequest where nothing lies at a location, so that it is told when a model starts.
     """
 
     def __init__(
@@ -121,11 +119,12 @@ class ControlNets:
         preprocessors: Mapping[str, str | Path] | None = None,
         capacity_bytes: int = CAPACITY_BYTES,
     ):
-        self._locations = dict(locations)
+        self._locations = {name: _found(f"controlnets.{name}", at) for name, at in locations.items()}
+        self._preprocessors = {name: _found(f"preprocessors.{name}", at) for name, at in (preprocessors or {}).items()}
         self._base, self._placement = base, placement
-        self._preprocessors = preprocessors
         self._capacity = capacity_bytes
-        self._loaded: OrderedDict[str, ControlNet] = OrderedDict()
+        self._kept: OrderedDict[str, ControlNet] = OrderedDict()
+        self._alive: WeakValueDictionary[str, ControlNet] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     @property
@@ -133,30 +132,41 @@ class ControlNets:
         return tuple(self._locations)
 
     def get(self, name: str) -> ControlNet:
-        """Raises NotFound for a name that is not registered, InvalidRequest for one that cannot be loaded."""
+        """Raises NotFound for a name that is not registered, InvalidRequest for one that cannot be loaded, and
+        GenerationFailed for one that does not fit into memory."""
         if name not in self._locations:
             there_are = ", ".join(self._locations) or "none"
             raise NotFound(f"there is no ControlNet {name!r} for this model; there are: {there_are}")
         with self._lock:
-            if name not in self._loaded:
-                self._loaded[name] = ControlNet.load(self._locations[name], self._base, self._placement)
-            self._loaded.move_to_end(name)
-            net = self._loaded[name]
-            while sum(each.nbytes for each in self._loaded.values()) > self._capacity and len(self._loaded) > 1:
-                self._loaded.popitem(last=False)  # whoever still uses it keeps it alive
+            net = self._alive.get(name)
+            if net is None:
+                net = self._alive[name] = self._load(name)
+            self._kept[name] = net
+            self._kept.move_to_end(name)
+            while sum(each.nbytes for each in self._kept.values()) > self._capacity and len(self._kept) > 1:
+                self._kept.popitem(last=False)
         return net
 
-    def controls(self, uses: Sequence[ControlUse], width: int, height: int) -> tuple[Control, ...]:
-        """A request's uses for a picture of that size in pixels; their own pictures are fitted, then preprocessed.
+    def _load(self, name: str) -> ControlNet:
+        try:
+            with fitting(f"the ControlNet {name!r}"):
+                return ControlNet.load(self._locations[name], self._base, self._placement)
+        except GenerationFailed:
+            self._kept.clear()  # the next try has the room of all that nobody uses
+            raise
 
-        Raises NotFound for names that are not there, InvalidRequest for what cannot be loaded.
+    def controls(self, uses: Sequence[ControlUse], fit: Callable[[Picture], Picture]) -> tuple[Control, ...]:
+        """A request's uses. Their own pictures are fitted to what is drawn by `fit`, and then preprocessed.
+
+        Raises NotFound for names that are not there, InvalidRequest for what cannot be loaded, and GenerationFailed for
+        what does not fit into memory.
         """
-        return tuple(self._control(f"controls.{i}", use, width, height) for i, use in enumerate(uses))
+        return tuple(self._control(f"controls.{i}", use, fit) for i, use in enumerate(uses))
 
-    def _control(self, field: str, use: ControlUse, width: int, height: int) -> Control:
+    def _control(self, field: str, use: ControlUse, fit: Callable[[Picture], Picture]) -> Control:
         net = self.get(use.name)
         try:
-            picture = preprocess(use.preprocessor or "none", use.image.resized(width, height), self._preprocessors)
+            picture = preprocess(use.preprocessor or "none", fit(use.image), self._preprocessors)
         except InvalidRequest as refused:
             raise InvalidRequest(f"{field}.{refused.field}", refused.message) from refused
         hint = torch.from_numpy(np.array(picture.array().transpose(2, 0, 1))).float() / 255
@@ -257,6 +267,14 @@ def _pick(rows: Conditioning, call: _Call) -> Conditioning:
     """The conditioning of the call's rows alone, without padding."""
     added = {name: tensor[call.rows] for name, tensor in rows.added.items()}
     return Conditioning(context=rows.context[call.rows][:, : call.tokens], added=added)
+
+
+def _found(field: str, location: str | Path) -> Path:
+    """Where something lies. Raises InvalidRequest naming the field where nothing does."""
+    path = Path(location).expanduser()
+    if not (path.is_dir() or path.is_file()):
+        raise InvalidRequest(field, f"{path} is neither a folder nor a file")
+    return path
 
 
 def _from_folder(folder: Path, base: Mapping[str, Any], placement: Placement) -> Any:

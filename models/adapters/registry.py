@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from models.errors import NotFound
 
@@ -209,31 +210,28 @@ Loaded = TypeVar("Loaded", bound=Sized)
 class AdapterCache(Generic[Loaded]):
     """Loaded adapters by content, the least recently used leaving first. May be used from any thread.
 
-    Whoever uses one holds a reference to it, so what leaves here is freed only when its last use has ended.
+    Whoever uses one holds a reference to it, so what leaves here is freed only when its last use has ended; until then
+    it is found again rather than loaded a second time.
     """
 
     def __init__(self, capacity_bytes: int):
         self._capacity = capacity_bytes
         self._entries: OrderedDict[tuple[str, str], Future[Loaded]] = OrderedDict()
+        self._alive: WeakValueDictionary[tuple[str, str], Loaded] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def get(self, file: AdapterFile, load: Callable[[AdapterFile], Loaded]) -> Loaded:
         """The adapter in memory. `load` runs once, however many ask meanwhile; what it raises, all of them get."""
         key = (file.name, file.sha256)
         with self._lock:
-            entry = self._entries.get(key)
-            mine = entry is None
-            if entry is None:
-                entry = self._entries[key] = Future()
+            new = key not in self._entries
+            if new:
+                self._entries[key] = self._revived(key)
+            entry = self._entries[key]
             self._entries.move_to_end(key)
-        if mine:
-            try:
-                entry.set_result(load(file))
-            except BaseException as error:
-                with self._lock:
-                    del self._entries[key]
-                entry.set_exception(error)
-                raise
+        if new:
+            if not entry.done():
+                self._fill(entry, file, load)
             self._evict()
         return entry.result()
 
@@ -242,6 +240,27 @@ class AdapterCache(Generic[Loaded]):
         """What the adapters in here take together."""
         with self._lock:
             return self._size()
+
+    def _revived(self, key: tuple[str, str]) -> Future[Loaded]:
+        """An entry for what has left and is still in use, or an empty one."""
+        entry: Future[Loaded] = Future()
+        living = self._alive.get(key)
+        if living is not None:
+            entry.set_result(living)
+        return entry
+
+    def _fill(self, entry: Future[Loaded], file: AdapterFile, load: Callable[[AdapterFile], Loaded]) -> None:
+        key = (file.name, file.sha256)
+        try:
+            loaded = load(file)
+        except BaseException as error:
+            with self._lock:
+                del self._entries[key]
+            entry.set_exception(error)
+            raise
+        with self._lock:
+            self._alive[key] = loaded
+        entry.set_result(loaded)
 
     def _size(self) -> int:
         return sum(entry.result().nbytes for entry in self._entries.values() if entry.done())

@@ -1,5 +1,6 @@
 """Textual inversion: words whose embeddings were learned from a few pictures (arXiv:2208.01618)."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,13 @@ _SDXL = ("clip_l", "clip_g")  # in the order of SDXL's text encoders
 
 @dataclass(frozen=True, eq=False)
 class TextualInversion:
-    """A learned word: for each text encoder of the model it was made for, the embeddings (n, width) of its n tokens."""
+    """A learned word: for each text encoder of the model it was made for, the embeddings (n, width) of its n tokens.
+
+    `sha256` is that of the file it was read from.
+    """
 
     vectors: tuple[torch.Tensor, ...]
+    sha256: str
 
     @classmethod
     def read(cls, name: str, data: bytes) -> "TextualInversion":
@@ -32,7 +37,8 @@ class TextualInversion:
             tensors = read_safetensors(data)
         except (SafetensorError, ValueError) as error:
             raise InvalidRequest("prompt", f"{name!r} is not a complete .safetensors file: {error}") from error
-        return cls(tuple(_checked(name, vectors) for vectors in _in_order(name, tensors)))
+        vectors = tuple(_checked(name, vectors) for vectors in _in_order(name, tensors))
+        return cls(vectors, hashlib.sha256(data).hexdigest())
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ from models.embedded.architecture import FAMILIES
 from models.embedded.autoencoder import signed
 from models.embedded.captions import plain_caption
 from models.embedded.drawing import pixels, render
+from models.embedded.options import MODELS, Models, Threads
 from models.embedded.scoring import score
 from models.embedded.world import RELATIONS, Scene, count, pair, pick, single
 
@@ -132,13 +133,13 @@ def questions(singles: int, pairs: int, counts: int) -> list[Question]:
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Score only this model; may be repeated.")] = None,
-    models: Annotated[Path, typer.Option(help="Where the models' folders are.")] = Path("models/embedded"),
+    models: Models = MODELS,
     out: Annotated[Path, typer.Option(help="Where results and contact sheets go.")] = Path("out/embedded"),
     singles: Annotated[int, typer.Option(help="Prompts with one object.")] = 200,
     pairs: Annotated[int, typer.Option(help="Prompts with two objects.")] = 100,
     counts: Annotated[int, typer.Option(help="Prompts with two or three objects alike.")] = 60,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Draws held-out prompts and scores colour, shape, place, background, relation and count."""
     torch.set_num_threads(threads)

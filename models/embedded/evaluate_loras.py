@@ -14,6 +14,7 @@ from rich.progress import track
 from models.embedded.captions import plain_caption
 from models.embedded.evaluate import BATCH, SEED, Shares, contact_sheet, pipeline, round_trip, table
 from models.embedded.lora import RECIPES, Recipe
+from models.embedded.options import MODELS, Models, Threads
 from models.embedded.scoring import score
 from models.embedded.world import Scene, single
 
@@ -83,11 +84,11 @@ def evaluate(recipe: Recipe, models: Path, n: int, steps: int) -> tuple[dict[str
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Score only this LoRA; may be repeated.")] = None,
-    models: Annotated[Path, typer.Option(help="Where the models' folders are.")] = Path("models/embedded"),
+    models: Models = MODELS,
     out: Annotated[Path, typer.Option(help="Where tables and contact sheets go.")] = Path("out/embedded"),
     prompts: Annotated[int, typer.Option(help="Of each kind.")] = 50,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Draws prompts with and without each LoRA in diffusers' own pipeline, and reads the pictures back."""
     torch.set_num_threads(threads)

@@ -23,6 +23,7 @@ from models.embedded.captions import caption
 from models.embedded.concepts import CONCEPTS, CRESCENT, FRAMED, Concept
 from models.embedded.denoiser import EMPTY_SHARE, LARGEST_WEIGHT, cumulative_alphas
 from models.embedded.drawing import pixels, render
+from models.embedded.options import MODELS, WORK, Models, Scale, Threads, Work, set_up_training
 from models.embedded.text import encode, tokenise, tokenizers
 from models.embedded.training import Dice, Plan, train
 from models.embedded.world import Scene, training_scene
@@ -186,15 +187,14 @@ Name = StrEnum("Name", {name.replace("-", "_"): name for name in RECIPES})
 
 def main(
     only: Annotated[list[Name] | None, typer.Option(help="Train only this one; may be repeated.")] = None,
-    models: Annotated[Path, typer.Option(help="Where the models' folders are.")] = Path("models/embedded"),
-    out: Annotated[Path, typer.Option(help="Where the LoRAs are written.")] = Path("models/embedded/loras"),
-    work: Annotated[Path, typer.Option(help="Checkpoints; a run resumes here.")] = Path(".training"),
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    scale: Annotated[float, typer.Option(help="Of all numbers of steps; 0.01 is a test of the machinery.")] = 1.0,
+    models: Models = MODELS,
+    out: Annotated[Path, typer.Option(help="Where the LoRAs are written.")] = MODELS / "loras",
+    work: Work = WORK,
+    threads: Threads = 1,
+    scale: Scale = 1.0,
 ) -> None:
     """Teaches the embedded models a word each that they do not know. Seeded; stop it at any time, it resumes."""
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    set_up_training(threads)
     for name in only or list(RECIPES):
         recipe = RECIPES[str(name)]
         pipe = DiffusionPipeline.from_pretrained(models / recipe.model, dtype=torch.float32)

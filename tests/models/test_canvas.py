@@ -282,6 +282,23 @@ def test_what_is_outpainted_continues_the_colours_at_the_border(fill):
     assert np.array_equal(filled[:, 40:-40], two_colours().array())
 
 
+# Other pictures of the same
+
+
+@pytest.mark.parametrize("region", ["whole", "masked"])
+@pytest.mark.parametrize("mask", random_masks(4), ids=range(4))
+def test_another_picture_is_cut_out_and_scaled_as_the_canvas_was(mask, region):
+    canvas = planned(photo(), mask, mask_region=region, mask_padding=5, width=96, height=120)
+    assert canvas.fitted(photo()) == canvas.picture
+    assert canvas.fitted(photo().resized(2 * SIDE, SIDE)).array().shape == (120, 96, 3)
+
+
+def test_another_picture_of_an_outpainted_one_is_of_all_that_it_grows_to():
+    canvas = grown(photo(), Outpaint(left=40, top=8))
+    whole = Picture.from_array(canvas.base)
+    assert canvas.fitted(whole) == whole
+
+
 # What is refused
 
 

@@ -1,8 +1,14 @@
 """Prompts are encoded once, together, and as each family means it; rows change when their prompts say so."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from safetensors.torch import save
 
+from models.adapters.lora import Lora
+from models.adapters.textual_inversion import TextualInversion
 from models.card import ModelCard
 from models.conditioning import Conditioner, Encoded, Row, stack
 from models.encoders import emphasized
@@ -69,6 +75,27 @@ def test_the_least_recently_used_prompt_is_forgotten_first():
     for prompt in ("one", "two", "one", "three", "one", "two"):
         encode(conditioner, ask(prompt=prompt, guidance_scale=1.0))
     assert family.calls == [["one"], ["two"], ["three"], ["two"]]
+
+
+def test_a_text_is_remembered_by_what_its_adapters_hold_and_none_of_them_is_kept():
+    family, known = Counting("sd15"), {}
+    conditioner = Conditioner(family, known)
+
+    def told(word: float, sha256: str, weight: float) -> list[weakref.ref]:
+        known["quux"] = TextualInversion.read("quux", save({"emb_params": torch.full((1, 128), word)}))
+        lora = Lora(name="moon", sha256=sha256, targets={})
+        request = ask(prompt="a quux", guidance_scale=1.0)
+        conditioner.encode([conditioner.script(request, loras=((lora, weight),))])
+        return [weakref.ref(lora), weakref.ref(known.pop("quux"))]
+
+    used = told(0.1, "a" * 64, 0.5)
+    gc.collect()
+    assert [adapter() for adapter in used] == [None, None]
+    told(0.1, "a" * 64, 0.5)  # loaded again: the same content
+    assert len(family.calls) == 1
+    for others in ((0.2, "a" * 64, 0.5), (0.1, "b" * 64, 0.5), (0.1, "a" * 64, 0.6)):
+        told(*others)
+    assert len(family.calls) == 4
 
 
 def test_a_long_prompt_takes_as_much_of_the_memory_as_it_has_chunks():

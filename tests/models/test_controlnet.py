@@ -1,6 +1,8 @@
 """ControlNets: what diffusers draws with them, in batches mixed at will; and the embedded canny ones follow edges."""
 
+import gc
 import io
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from models.embedded.controlnets.gallery import moved
 from models.embedded.controlnets.recipe import make
 from models.embedded.world import training_scene
 from models.engine import Engine
-from models.errors import InvalidRequest, NotFound
+from models.errors import GenerationFailed, InvalidRequest, NotFound
 from models.family import Conditioning
 from models.images import Picture
 from models.parts import ControlUse, Hires
@@ -324,10 +326,48 @@ def test_names_are_registered_and_the_least_recently_used_leaves(other):
     family = loaded_family("sd15")
     locations = {"canny": canny("sd15"), "other": other["sd15"]}
     small = ControlNets(locations, family.network_config, family.placement, capacity_bytes=1)
-    first = small.get("canny")
-    assert small.get("canny") is first
-    small.get("other")
-    assert small.get("canny") is not first
+    in_flight = small.get("canny")
+    assert small.get("canny") is in_flight
+    assert small.get("other").nbytes > 1
+    assert small.get("canny") is in_flight, "a copy that is still in use is found again"
+    gone = weakref.ref(small.get("other"))
+    small.get("canny")
+    gc.collect()
+    assert gone() is None, "what nobody uses is not kept beyond its bytes"
+
+
+def test_one_that_does_not_fit_into_memory_is_a_typed_failure_that_makes_room(other, monkeypatch):
+    made = adapters("sd15", other)
+    card = ModelCard.read("sd15", "sd", folder("sd15"))
+    tight = Engine(loaded_family("sd15"), card, adapters=made)
+    unused = weakref.ref(made.controlnets.get("canny"))
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    request = replace(cases("sd15")["none"], controls=(ControlUse(name="other", image=circle()),))
+    with monkeypatch.context() as fault:
+        fault.setattr(ControlNet, "load", full)
+        with pytest.raises(GenerationFailed, match="'other' does not fit into memory") as refused:
+            tight.submit(request, on_event=print)
+    assert (refused.value.reason, refused.value.retryable) == ("out_of_memory", True)
+    gc.collect()
+    assert unused() is None
+    assert tight.load().waiting == 0
+    assert tight.generate([request])[0][0].data
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"controlnets": {"canny": canny("sd15"), "lost": "/nowhere/at-all"}}, "controlnets.lost"),
+        ({"preprocessors": {"depth": "/nowhere/at-all"}}, "preprocessors.depth"),
+    ],
+)
+def test_a_location_where_nothing_lies_is_told_before_any_request(options, field):
+    with pytest.raises(InvalidRequest, match="/nowhere/at-all is neither a folder nor a file") as refused:
+        Adapters(loaded_family("sd15"), **options)
+    assert refused.value.field == field
 
 
 def test_an_unknown_name_or_preprocessor_is_refused_when_submitted(other):

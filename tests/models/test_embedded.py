@@ -3,15 +3,18 @@
 import io
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
+from typer.testing import CliRunner
 
 from models.embedded.architecture import FAMILIES, SD15
 from models.embedded.captions import caption, plain_caption, vocabulary
@@ -119,6 +122,17 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     with pytest.raises(InterruptedError):
         run(tmp_path / "broken", 12)
     assert torch.equal(run(tmp_path / "broken", -1), unbroken)
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "lora", "controlnets.__main__", "upscalers.__main__", "evaluate", "evaluate_loras"]
+)
+def test_the_programs_explain_their_options(name):
+    program = typer.Typer()
+    program.command()(import_module(f"models.embedded.{name}").main)
+    explained = CliRunner().invoke(program, ["--help"])
+    assert explained.exit_code == 0, explained.output
+    assert "--out" in explained.output
 
 
 @pytest.fixture

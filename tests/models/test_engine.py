@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +13,13 @@ import torch
 from PIL import Image
 
 from models.card import ModelCard
+from models.denoiser import Denoiser
 from models.engine import Engine, host
 from models.errors import Cancelled, GenerationFailed, InvalidRequest, NotFound, Overloaded
 from models.events import Failed, Finished, Progress
+from models.parts import AdapterUse
+from models.preparation import Preparation
+from models.registered import Adapters
 from models.request import GenerationRequest
 from tests.models.conftest import loaded_family, new_engine, sketch
 
@@ -111,6 +116,62 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
     assert refused.value.retry_after_s >= 1
 
 
+def test_a_full_queue_refuses_before_anything_is_prepared():
+    engine = new_engine("sd15")
+    engine._max_waiting = 1
+    unprepared = ask(adapters=(AdapterUse(name="nobody"),))
+    with pytest.raises(NotFound):
+        engine.submit(unprepared, lambda event: None)
+    engine.submit(ask(), lambda event: None)  # what could not be prepared has left its place
+    with pytest.raises(Overloaded):
+        engine.submit(unprepared, lambda event: None)
+
+
+class Slow(Preparation):
+    """Takes as long as it is told to."""
+
+    def __init__(self):
+        family = loaded_family("sd15")
+        super().__init__(family, Adapters(family))
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+
+    def sequences(self, *arguments):
+        self.begun.set()
+        assert self.goes_on.wait(30)
+        return super().sequences(*arguments)
+
+
+def test_what_is_being_prepared_counts_as_waiting_and_can_be_cancelled():
+    engine, slow, events = new_engine("sd15"), Slow(), []
+    engine._max_waiting, engine._preparation = 2, slow
+    with ThreadPoolExecutor(1) as caller:
+        submitting = caller.submit(engine.submit, ask(samples=2), events.append, id="it")
+        assert slow.begun.wait(30)
+        assert engine.load().waiting == 2
+        with pytest.raises(Overloaded, match="2 pictures wait already"):
+            engine.submit(ask(), events.append)
+        engine.cancel("it")
+        assert engine.load().waiting == 0
+        slow.goes_on.set()
+        assert submitting.result() == "it"
+    assert not engine.step()
+    assert (engine.load().forwards, events) == (0, [])
+
+
+def test_time_counts_from_submission_and_not_from_the_end_of_preparation():
+    engine, slow, late, patient = new_engine("sd15"), Slow(), [], []
+    engine._preparation = slow
+    threading.Timer(0.5, slow.goes_on.set).start()
+    engine.submit(ask(deadline_s=0.4, steps=1), late.append, progress=False)
+    engine.submit(ask(steps=1), patient.append, progress=False)
+    step_until(engine, lambda: late and patient)
+    assert late[0].error.reason == "deadline"
+    slow.goes_on.clear()
+    threading.Timer(0.5, slow.goes_on.set).start()
+    [[finished]] = engine.generate([ask(steps=1)])
+    assert finished.timings.queued_s >= 0.4
+
+
 def test_the_earliest_deadline_goes_first():
     engine = new_engine("sd15")
     order = []
@@ -167,6 +228,30 @@ def test_out_of_memory_halves_the_batch_until_it_fits():
         ours, theirs = (np.asarray(Image.open(io.BytesIO(f.data))).astype(int) for f in (ours, theirs))
         assert np.abs(ours - theirs).max() <= 1
     assert max(sizes) == 4
+
+
+class Tight(Denoiser):
+    """Has no room for more than one picture at the end of a step, when the step's noise is drawn already."""
+
+    refusals = 0
+
+    def _advance(self, batch, after, clean):
+        if len(batch.sequences) > 1:
+            self.refusals += 1
+            raise torch.OutOfMemoryError("no room")
+        super()._advance(batch, after, clean)
+
+
+def test_a_step_that_is_repeated_after_its_noise_was_drawn_draws_the_same_noise():
+    engine = new_engine("sd15")
+    engine._denoiser = Tight(loaded_family("sd15"), Adapters(loaded_family("sd15")).loras)
+    requests = [ask(seed=seed, sampler="euler_a") for seed in range(3)]
+    pictures = engine.generate(requests)
+    expected = new_engine("sd15").generate(requests)
+    assert engine._denoiser.refusals > 0
+    for [ours], [theirs] in zip(pictures, expected, strict=True):
+        ours, theirs = (np.asarray(Image.open(io.BytesIO(f.data))).astype(int) for f in (ours, theirs))
+        assert np.abs(ours - theirs).max() <= 1
 
 
 def test_out_of_memory_with_one_picture_fails_that_request_alone():
@@ -255,6 +340,17 @@ def test_warm_up_measures_a_cap():
 def test_a_truncated_prompt_is_told(engine):
     [[finished]] = engine.generate([ask(prompt="a red circle " * 500)])
     assert any("left out" in warning for warning in finished.warnings)
+
+
+def test_a_negative_prompt_that_plays_no_part_is_told(engine):
+    prompts = {"prompt": "a red circle", "negative_prompt": "a ring"}
+    asked = [
+        ask(**prompts, guidance_scale=1.0),
+        ask(**prompts),
+        ask(**prompts | {"prompt": "a AND b"}, guidance_scale=1.0),
+    ]
+    warnings = [finished.warnings for [finished] in engine.generate(asked)]
+    assert warnings == [("negative_prompt plays no part at guidance_scale 1, only above 1",), (), ()]
 
 
 def test_refusals_name_the_field(engine):

@@ -18,7 +18,7 @@ from models.adapters.registry import Registry
 from models.embedded.concepts import CONCEPTS
 from models.embedded.lora import RECIPES
 from models.engine import Engine
-from models.errors import InvalidRequest, NotFound
+from models.errors import GenerationFailed, InvalidRequest, NotFound
 from models.loras import Loras
 from models.parts import AdapterUse
 from models.registered import Adapters
@@ -403,6 +403,20 @@ def test_a_running_request_keeps_what_it_began_with(registered, tmp_path):
     (tmp_path / "moon.safetensors").unlink()
     with pytest.raises(NotFound):
         loras.mix([AdapterUse(name="moon")])
+
+
+def test_one_that_does_not_fit_into_memory_is_a_typed_failure(registered, monkeypatch):
+    loras = Loras(Registry(registered / "sd15"), networks("sd15"), torch.device("cpu"))
+
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as fault:
+        fault.setattr("models.loras.load", full)
+        with pytest.raises(GenerationFailed, match="'first' does not fit into memory") as refused:
+            loras.mix([AdapterUse(name="first")])
+    assert refused.value.reason == "out_of_memory"
+    assert loras.mix([AdapterUse(name="first")])
 
 
 def test_a_lora_used_at_weight_zero_must_still_exist(tmp_path):

@@ -21,6 +21,7 @@ def mixed_requests(count: int) -> list[GenerationRequest]:
     made = []
     for number, sampler in enumerate(samplers):
         width, height = rng.choice(SIZES)
+        guidance_scale, rescale = rng.choice((1.0, 3.0, 5.5, 8.0)), rng.choice((0.0, 0.0, 0.7))
         request = GenerationRequest(
             model="sd15",
             prompt=f"a {rng.choice(colours)} circle on a {rng.choice(colours)} background",
@@ -28,8 +29,8 @@ def mixed_requests(count: int) -> list[GenerationRequest]:
             sampler=sampler,
             schedule=rng.choice(SAMPLERS[sampler].schedules),
             steps=rng.randint(3, 9),
-            guidance_scale=rng.choice((1.0, 3.0, 5.5, 8.0)),
-            guidance_rescale=rng.choice((0.0, 0.0, 0.7)),
+            guidance_scale=guidance_scale,
+            guidance_rescale=rescale if guidance_scale > 1 else 0.0,
             seed=1000 + number,
             width=width,
             height=height,

@@ -108,6 +108,22 @@ def test_a_stop_ends_with_the_estimate_of_that_step():
     assert np.abs(last - whole).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "forwards"),
+    [
+        ({"steps": 20}, 20),
+        ({"steps": 4, "sampler": "heun"}, 7),
+        ({"steps": 5, "hires": Hires(steps=4, denoise_strength=0.5)}, 7),
+        ({"steps": 4, "image": sketch(), "denoise_strength": 0.5}, 2),
+    ],
+)
+def test_a_stop_behind_the_end_is_refused_and_told_where_the_end_is(fields, forwards):
+    with pytest.raises(InvalidRequest, match=f"must be at most {forwards},.* not {forwards + 1}$") as refused:
+        new_engine("sd15").submit(ask(stop_at_step=forwards + 1, **fields), lambda event: None)
+    assert refused.value.field == "stop_at_step"
+    new_engine("sd15").submit(ask(stop_at_step=forwards, **fields), lambda event: None)
+
+
 def test_an_accepted_preview_is_the_picture():
     engine, events = new_engine("sd15"), []
     ticket = engine.submit(ask(steps=50, sampler="dpmpp_2m"), events.append)

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from models.errors import InvalidRequest
-from models.prompt import PARTS, extract_loras, parse
+from models.prompt import PARTS, extract_loras, parse, timelines
 
 UP, DOWN = 1.1, round(1 / 1.1, 6)
 
@@ -190,6 +190,25 @@ def test_too_many_different_texts_are_refused():
     assert len(part.timeline(range(32), 32)) == 32
     with pytest.raises(InvalidRequest, match="more than 32 different texts"):
         part.timeline(range(33), 33)
+
+
+def test_the_bound_on_different_texts_is_one_for_all_parts_of_a_prompt():
+    for parts, texts in ((8, 4), (7, 4), (2, 16)):
+        prompt = " AND ".join(["[" + "|".join(map(str, range(texts))) + "]"] * parts)
+        lines = timelines(parse("prompt", prompt), range(64), 64)
+        assert [len({text for _, text in line}) for line in lines] == [texts] * parts
+        with pytest.raises(InvalidRequest, match=r"more than 32 different texts.*counted together") as refused:
+            timelines(parse("prompt", f"{prompt} [{'|'.join(map(str, range(40)))}]"), range(64), 64)
+        assert refused.value.field == "prompt"
+    five = " AND ".join(["[a|b|c|d|e]"] * 8)
+    with pytest.raises(InvalidRequest, match="more than 32 different texts"):
+        timelines(parse("prompt", five), range(5), 5)
+
+
+def test_what_changes_in_one_part_counts_in_no_other():
+    prompt = "[a|b|c|d|e] AND [f|g|h|i|j|k|l] AND still"  # 35 pairs, and 5 + 7 + 1 texts
+    lines = timelines(parse("prompt", prompt), range(40), 40)
+    assert [len({text for _, text in line}) for line in lines] == [5, 7, 1]
 
 
 @pytest.mark.parametrize(

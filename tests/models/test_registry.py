@@ -1,5 +1,6 @@
 """Adapters on disk: found by name, pinned by content, loaded once, and nothing of a client becomes a path."""
 
+import gc
 import hashlib
 import json
 import os
@@ -199,7 +200,7 @@ def test_the_cache_loads_once_when_several_ask_at_once(tmp_path):
     assert len({id(one.result()) for one in asked}) == len(loads) == 1
 
 
-def test_the_least_recently_used_leaves_first_and_its_users_keep_it(tmp_path):
+def test_the_least_recently_used_leaves_first(tmp_path):
     cache: AdapterCache[Weights] = AdapterCache(100)
     for name in "abc":
         write(tmp_path, name)
@@ -210,14 +211,35 @@ def test_the_least_recently_used_leaves_first_and_its_users_keep_it(tmp_path):
         loads.append(file.name)
         return Weights(40, file.name.encode())
 
-    held = cache.get(b, load)
-    for file in (a, b, a, c, a, b):
+    for file in (b, a, b, a, c, a, b):
         cache.get(file, load)
     assert loads == ["b", "a", "c", "b"]
-    assert held.content == b"b"
     assert cache.nbytes == 80
     assert cache.get(c, lambda file: Weights(1000)).nbytes == 1000  # larger than everything: used, not kept
     assert cache.nbytes <= 100
+
+
+def test_what_has_left_and_is_still_in_use_is_found_again_and_not_loaded_twice(tmp_path):
+    cache: AdapterCache[Weights] = AdapterCache(50)
+    for name in "ab":
+        write(tmp_path, name)
+    a, b = (Registry(tmp_path).find(name) for name in "ab")
+    loads: list[str] = []
+
+    def load(file: AdapterFile) -> Weights:
+        loads.append(file.name)
+        return Weights(40, file.name.encode())
+
+    in_flight = cache.get(a, load)
+    cache.get(b, load)  # and `a` leaves
+    assert cache.get(a, load) is in_flight
+    assert loads == ["a", "b"]
+    assert cache.nbytes == 40, "`b` left in its turn"
+    del in_flight
+    cache.get(b, load)
+    gc.collect()
+    cache.get(a, load)
+    assert loads == ["a", "b", "b", "a"], "what nobody uses is not kept"
 
 
 def test_a_failed_load_is_everybodys_who_asked_and_is_tried_again(tmp_path):

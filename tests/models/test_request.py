@@ -13,6 +13,9 @@ from models.samplers import SAMPLERS, find_sampler, find_schedule
 CARD = ModelCard(name="m", family="sd", width=512, height=512, max_pixels=1024 * 1024)
 
 
+WHITE = Picture(width=64, height=64, data=bytes([255]) * (64 * 64 * 3))
+
+
 def resolve(**fields) -> EffectiveRequest:
     return GenerationRequest(**({"model": "m", "prompt": "a fox"} | fields)).resolve(CARD)
 
@@ -116,13 +119,28 @@ def test_an_input_picture_lends_its_size_and_its_default_strength():
         ({"mask_region": "masked"}, "mask_region"),
         ({"variation_seed": 5}, "variation_seed"),
         ({"denoise_strength": 0.5}, "denoise_strength"),
-        ({"mask": Picture(width=64, height=64, data=bytes(64 * 64 * 3))}, "mask"),
+        ({"mask": WHITE}, "mask"),
+        ({"mask_fill": "fill"}, "mask_fill"),
+        ({"image": WHITE, "mask": WHITE, "mask_padding": 8}, "mask_padding"),
+        ({"image": WHITE, "mask": WHITE, "mask_fill": "noise", "denoise_strength": 1.0}, "mask_fill"),
+        ({"guidance_scale": 1.0, "guidance_rescale": 0.5}, "guidance_rescale"),
     ],
 )
 def test_a_field_that_says_nothing_alone_is_refused_and_not_ignored(fields, field):
     with pytest.raises(InvalidRequest, match="needs") as refused:
         resolve(**fields)
     assert refused.value.field == field
+
+
+def test_what_says_something_in_company_is_taken():
+    region = {"mask_region": "masked", "mask_padding": 8, "width": 64, "height": 64}
+    assert resolve(image=WHITE, mask=WHITE, **region).mask_padding == 8
+    assert resolve(guidance_scale=1.0, guidance_rescale=0.5, prompt="a fox AND a hare").guidance_rescale == 0.5
+
+
+def test_a_filled_mask_is_not_drawn_from_noise_alone_unless_asked_for():
+    assert resolve(image=WHITE, mask=WHITE).denoise_strength == 1.0
+    assert resolve(image=WHITE, mask=WHITE, mask_fill="fill").denoise_strength == 0.75
 
 
 def test_tags_of_loras_are_moved_out_of_the_prompt():

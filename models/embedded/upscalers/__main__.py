@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
+from models.embedded.options import WORK, Scale, Work, set_up_training
 from models.embedded.upscalers.scores import report
 from models.embedded.upscalers.training import SCALES, make
 
@@ -15,16 +15,15 @@ HERE = Path(__file__).parent
 def main(
     only: Annotated[list[int] | None, typer.Option(help="Train only this factor (2 or 4); may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Where the weights, the table and the sheet are written.")] = HERE,
-    work: Annotated[Path, typer.Option(help="Checkpoints; a run resumes here.")] = Path(".training"),
-    share: Annotated[float, typer.Option(help="Of all numbers of steps; 0.002 is a test of the machinery.")] = 1.0,
+    work: Work = WORK,
+    share: Scale = 1.0,
     pictures: Annotated[int, typer.Option(help="Held-out pictures to score on.")] = 100,
 ) -> None:
     """Trains each upscaler on pictures of the embedded models' world, on one thread, and compares it with Lanczos.
 
     Stop it at any time: it resumes. A finished training only loads, so a second run scores again.
     """
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_up_training(threads=1)
     out.mkdir(parents=True, exist_ok=True)
     for scale in only or SCALES:
         make(scale, out / f"{scale}x.safetensors", folder=work, share=share)
