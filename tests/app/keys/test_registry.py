@@ -107,6 +107,16 @@ async def test_a_rotated_key_stays_valid_for_the_overlap_and_the_caller_stays_th
         await keys.caller(new_text)
 
 
+async def test_a_key_without_an_end_gets_one_by_being_rotated(keys: Keys, database: Database):
+    old, text = await keys.create("a", ("jobs",), LIMITS)
+    new, _ = await keys.rotate(old.id, overlap_s=600)
+    assert new.expires_at is None
+    assert (await keys.caller(text)).id == old.id
+    await later(database, old.id, 601)
+    with pytest.raises(Unauthenticated, match="is expired"):
+        await keys.caller(text)
+
+
 async def test_an_overlap_does_not_prolong_a_key(keys: Keys):
     old, _ = await keys.create("a", ("jobs",), LIMITS, lasts_s=100)
     await keys.rotate(old.id, overlap_s=10_000)
