@@ -1,6 +1,5 @@
 """One forward for many rows: every sequence of a batch takes one step of its own tape."""
 
-from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +9,7 @@ from models.adapters.controlnet import ControlBatch
 from models.adapters.lora import Mix
 from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
+from models.guidance import Guidance, column
 from models.loras import Loras
 from models.rowwise import RowThreads
 from models.sequence import Kept, Sequence
@@ -25,12 +25,8 @@ class _Batch:
     parts: list[torch.Tensor]
     told: list[Conditioning]  # each row's, as it is now
     rows: Conditioning  # the same, stacked
-    composed: "_Composed | None"  # where any sequence has several parts
     owners: torch.Tensor  # (rows,) the sequence that each row belongs to
-    guided: torch.Tensor  # (n,) each sequence's conditional row
-    unguided: torch.Tensor  # (n,) its unconditional row; the conditional one again where it has none
-    scale: torch.Tensor  # (n, 1, 1, 1) guidance
-    rescale: torch.Tensor | None  # (n, 1, 1, 1) guidance rescale, where any sequence asks for it
+    guidance: Guidance
     inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
     controls: ControlBatch
@@ -39,16 +35,6 @@ class _Batch:
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
         return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
-
-
-@dataclass
-class _Composed:
-    """The conditional rows of all sequences, side by side: each pulls its sequence away from the unconditional row."""
-
-    parts: torch.Tensor  # (p,) rows
-    firsts: torch.Tensor  # (p,) the unconditional row of each one's sequence
-    owners: torch.Tensor  # (p,) sequences
-    weights: torch.Tensor  # (p, 1, 1, 1)
 
 
 class Denoiser:
@@ -78,7 +64,7 @@ class Denoiser:
         batch = self._assemble(sequences)
         tapes = [(s.tape, s.position) for s in sequences]
         x = batch.history[:, 0]
-        inputs = x * self._column([tape.input_scales[i] for tape, i in tapes])
+        inputs = x * column([tape.input_scales[i] for tape, i in tapes], self._to_device)
         timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
@@ -86,7 +72,7 @@ class Denoiser:
         residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences], self._share)
         with self._loras.denoising(batch.mixes):
             [outputs] = self._share(partial(self._predict, seen, when, batch.rows, residuals), seen)
-        m = _guide(outputs, batch)
+        m = batch.guidance.combine(outputs)
         coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
         batch.history[:, M.start] = m
         after = torch.einsum("ns,nschw->nchw", coefficients[:, :Z], batch.history)
@@ -114,12 +100,7 @@ class Denoiser:
             if any(now is not before for now, before in zip(told, self._batch.told, strict=True)):
                 self._batch.told, self._batch.rows = told, stack(told)
             return self._batch
-        owners, guided = [], []
-        for n, sequence in enumerate(sequences):
-            owners += [n] * sequence.rows
-            guided.append(len(owners) - 1)
-        rescales = [s.request.guidance_rescale if s.rows > 1 else 0.0 for s in sequences]
-        last = torch.tensor(guided)
+        owners = [n for n, sequence in enumerate(sequences) for _ in range(sequence.rows)]
         inputs = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
         return _Batch(
             sequences=list(sequences),
@@ -127,31 +108,13 @@ class Denoiser:
             parts=[],
             told=told,
             rows=stack(told),
-            composed=self._composed(sequences),
             owners=self._to_device(torch.tensor(owners)),
-            guided=self._to_device(last),
-            unguided=self._to_device(last - torch.tensor([s.rows - 1 for s in sequences])),
-            scale=self._column([s.request.guidance_scale if s.request.guided else 1.0 for s in sequences]),
-            rescale=self._column(rescales) if any(rescales) else None,
+            guidance=Guidance.of(sequences, self._to_device),
             inputs=torch.stack(inputs) if inputs else None,
             kept=self._kept(sequences),
             mixes=[s.mix for s in sequences for _ in range(s.rows)],
             controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
         )
-
-    def _composed(self, sequences: list[Sequence]) -> "_Composed | None":
-        if all(s.rows <= 2 for s in sequences):
-            return None
-        parts, firsts, owners, first = [], [], [], 0
-        for n, sequence in enumerate(sequences):
-            count = max(1, sequence.rows - 1)
-            parts += range(first + sequence.rows - count, first + sequence.rows)
-            firsts += [first] * count
-            owners += [n] * count
-            first += sequence.rows
-        weights = [row.weight for s in sequences for row in (s.conditioning[1:] or s.conditioning)]
-        indices = (self._to_device(torch.tensor(index)) for index in (parts, firsts, owners))
-        return _Composed(*indices, weights=self._column(weights))
 
     def _kept(self, sequences: list[Sequence]) -> Kept | None:
         """What the sequences keep, side by side; who keeps nothing has a mask of ones."""
@@ -189,27 +152,5 @@ class Denoiser:
             sequence.position += 1
         self._batch = batch
 
-    def _column(self, values: Several[float | torch.Tensor]) -> torch.Tensor:
-        """(n, 1, 1, 1) float32 on the device."""
-        return self._to_device(torch.tensor([float(v) for v in values]))[:, None, None, None]
-
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._family.device, non_blocking=True)
-
-
-def _guide(outputs: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Classifier-free guidance (arXiv:2207.12598) and its rescaling (arXiv:2305.08891, 3.4), per sequence.
-
-    Several conditional rows are composed first (arXiv:2206.01714).
-    """
-    conditional, unconditional = outputs[batch.guided], outputs[batch.unguided]
-    if batch.composed is not None:
-        parts = batch.composed
-        pulls = parts.weights * (outputs[parts.parts] - outputs[parts.firsts])
-        conditional = unconditional.index_add(0, parts.owners, pulls)
-    guided = unconditional + batch.scale * (conditional - unconditional)
-    if batch.rescale is None:
-        return guided
-    axes = (1, 2, 3)
-    matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
-    return torch.where(batch.rescale > 0, batch.rescale * matched + (1 - batch.rescale) * guided, guided)
