@@ -76,6 +76,8 @@ def _packed(sequence: Sequence, picture: np.ndarray, revision: str) -> Packed:
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
     array = (picture.transpose(1, 2, 0) * 255).round().astype(np.uint8)
+    width, height = sequence.request.largest  # what an upscaling model was shown may reach beyond it
+    array = array[:height, :width]
     if sequence.canvas is not None and sequence.request.paste_back:
         array = sequence.canvas.paste(array)
     text = metadata.write(sequence.request, revision, sequence.request.metadata)

@@ -56,6 +56,10 @@ class Outpaint:
     top: int = 0
     bottom: int = 0
 
+    def grown(self, image: Picture) -> tuple[int, int]:
+        """(width, height) of the picture with its borders."""
+        return image.width + self.left + self.right, image.height + self.top + self.bottom
+
     def check(self, field: str) -> None:
         """Raises InvalidRequest for borders out of range, or none at all."""
         for side in ("left", "right", "top", "bottom"):

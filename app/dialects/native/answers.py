@@ -18,7 +18,7 @@ from models.limits import Range
 from models.request import EffectiveRequest
 from models.samplers import SAMPLERS, SCHEDULE_LABELS, SCHEDULES
 
-_OF_A_PICTURE = {"denoise_strength"}
+_OF_A_DRAWN_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
 
 
@@ -89,6 +89,7 @@ def picture_response(result: GenerationResult) -> Response:
 def from_model(model: ModelDescription) -> dict[str, Any]:
     """A model's entry in the list. `object`, `id` and the list's `data` are what OpenAI's clients look for."""
     card = model.card
+    upscaling = card.upscaling and {"scale": card.upscaling.scale, "noise_level": card.upscaling.noise_level}
     return {
         "id": card.name,
         "object": "model",
@@ -96,6 +97,7 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "state": model.state,
         "default": model.default,
         "tasks": list(card.tasks),
+        **({"upscaling": upscaling} if upscaling else {}),
         "size": {"width": card.width, "height": card.height},
         "defaults": {
             "steps": card.steps,
@@ -132,8 +134,8 @@ def samplers() -> dict[str, Any]:
 def parameters(request: EffectiveRequest) -> dict[str, Any]:
     """Every parameter that plays a part, as it was used; pictures by their size."""
     idle = {"model"}
-    if request.image is None:
-        idle |= _OF_A_PICTURE
+    if request.task in ("txt2img", "upscale"):
+        idle |= _OF_A_DRAWN_PICTURE
     if request.task != "inpaint":
         idle |= _OF_A_MASK
     values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in idle}
