@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.attention import BasicTransformerBlock
 
 from models.errors import InvalidRequest
 from models.family import Conditioning, Residuals, run_unet
@@ -47,6 +48,9 @@ class SDx4(OneEncoder):
                 f"no x4 upscaler: its UNet takes {wanted} channels and knows {NOISE_LEVEL.high:.0f} levels of noise, "
                 f"and its autoencoder's factor is {self.scale}",
             )
+        for block in self._unet.modules():
+            if isinstance(block, BasicTransformerBlock) and block.only_cross_attention:
+                block.register_forward_pre_hook(_masked, with_kwargs=True)
 
     def shown(self, picture: Picture, noise_level: int, generator: torch.Generator) -> torch.Tensor:
         """The picture with noise on it and, as one more channel, the noise's level, which `predict` takes off again."""
@@ -64,3 +68,10 @@ class SDx4(OneEncoder):
     ) -> torch.Tensor:
         levels = latents[:, -1, 0, 0].long()
         return run_unet(self._unet, latents[:, :-1], timesteps, rows, residuals, class_labels=levels)
+
+
+def _masked(
+    block: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hides padding from a block's first attention, which in these reads the context too; diffusers masks the other."""
+    return given, named | {"attention_mask": named["encoder_attention_mask"]}

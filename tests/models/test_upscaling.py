@@ -135,7 +135,9 @@ def test_a_request_among_others_draws_what_diffusers_draws(pictures, by_diffuser
 def test_a_batch_shares_its_forwards(engine: Callable[[str], Engine], family: str):
     one = engine(family)
     before = one.load().forwards
-    requests = [asked(family, steps=steps, seed=steps, prompt=f"{steps} stars") for steps in (3, 4, 5)]
+    long = "a star and " * 40  # more than one chunk, so that the others' contexts are padded
+    prompts = {3: "a ring", 4: "a star", 5: long}
+    requests = [asked(family, steps=steps, seed=steps, prompt=prompt) for steps, prompt in prompts.items()]
     mixed = together(one, requests)
     assert one.load().forwards - before == 5
     for request, picture in zip(requests, mixed, strict=True):

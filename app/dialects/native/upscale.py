@@ -79,9 +79,8 @@ def to_request(body: UpscaleBody, card: ModelCard, picture: bytes, format: Image
     """For a model. Raises InvalidRequest for what is no picture, and for another scale than the model's."""
     if card.upscaling is not None and body.scale not in (None, card.upscaling.scale):
         raise InvalidRequest("scale", f"must be left out or {card.upscaling.scale}, which is what {card.name} does")
-    values = body.model_dump(include=set(_OF_A_MODEL), exclude_none=True)
-    image = Picture.from_bytes(picture)
-    return GenerationRequest(model=card.name, image=image, output_format=format, **{"prompt": ""} | values)
+    values: dict[str, Any] = {"prompt": ""} | body.model_dump(include=set(_OF_A_MODEL), exclude_none=True)
+    return GenerationRequest(model=card.name, image=Picture.from_bytes(picture), output_format=format, **values)
 
 
 def to_upscale(body: UpscaleBody) -> Upscale:
