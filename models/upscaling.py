@@ -35,6 +35,10 @@ class Upscaling:
             )
         return width, height
 
+    def most(self, max_pixels: int) -> int:
+        """The pixels that a picture may have so that what becomes of it has at most `max_pixels`."""
+        return max_pixels // self.scale**2
+
     def check(self, request: "EffectiveRequest", max_pixels: int) -> None:
         """Raises InvalidRequest where there is no picture to enlarge, for a size or a noise level out of range, and
         for what such a model cannot do."""

@@ -136,8 +136,9 @@ async def test_a_picture_that_would_become_too_large_is_refused_before_it_is_dra
 
 async def test_such_models_are_listed_with_what_they_do(client: httpx2.AsyncClient):
     models = {model["id"]: model for model in (await client.get("/v1/models")).json()["data"]}
-    assert (models["x4"]["tasks"], models["x4"]["upscaling"]) == (["upscale"], {"scale": 4, "noise_level": 20})
-    assert models["x2"]["upscaling"] == {"scale": 2, "noise_level": None}
+    assert models["x4"]["tasks"] == ["upscale"]
+    assert models["x4"]["upscaling"] == {"scale": 4, "noise_level": 20, "max_input_pixels": 64 * 64}
+    assert models["x2"]["upscaling"] == {"scale": 2, "noise_level": None, "max_input_pixels": 1024 * 1024}
     assert models["x4"]["limits"]["max_pixels"] == 256 * 256
     assert "upscaling" not in models["sd15"]
     adapters = (await client.get("/v1/adapters")).json()["data"]

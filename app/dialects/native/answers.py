@@ -17,6 +17,7 @@ from models.images import FORMATS, MEDIA_TYPES, Picture
 from models.limits import Range
 from models.request import EffectiveRequest
 from models.samplers import SAMPLERS, SCHEDULE_LABELS, SCHEDULES
+from models.upscaling import Upscaling
 
 _OF_A_DRAWN_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
@@ -89,7 +90,6 @@ def picture_response(result: GenerationResult) -> Response:
 def from_model(model: ModelDescription) -> dict[str, Any]:
     """A model's entry in the list. `object`, `id` and the list's `data` are what OpenAI's clients look for."""
     card = model.card
-    upscaling = card.upscaling and {"scale": card.upscaling.scale, "noise_level": card.upscaling.noise_level}
     return {
         "id": card.name,
         "object": "model",
@@ -97,7 +97,7 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "state": model.state,
         "default": model.default,
         "tasks": list(card.tasks),
-        **({"upscaling": upscaling} if upscaling else {}),
+        **({"upscaling": _upscaling(card.upscaling, card.max_pixels)} if card.upscaling else {}),
         "size": {"width": card.width, "height": card.height},
         "defaults": {
             "steps": card.steps,
@@ -108,6 +108,14 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "output_formats": list(FORMATS),
         "limits": _limits() | {"max_pixels": card.max_pixels},
+    }
+
+
+def _upscaling(upscaling: Upscaling, max_pixels: int) -> dict[str, Any]:
+    return {
+        "scale": upscaling.scale,
+        "noise_level": upscaling.noise_level,
+        "max_input_pixels": upscaling.most(max_pixels),
     }
 
 
