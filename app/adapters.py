@@ -7,6 +7,7 @@ from app.settings import ModelSettings
 from models import preprocessors
 from models.adapters.registry import Registry
 from models.errors import NotFound
+from models.upscaling import UPSCALING
 
 
 class Shelf:
@@ -50,6 +51,8 @@ class Shelf:
                 sha256=file.sha256,
                 bytes=file.size_bytes,
             )
+        if model.family in UPSCALING:  # nothing steers these
+            return
         for name in model.controlnets:
             yield AdapterDescription(name=name, kind="controlnet", models=())
         for name in preprocessors.NAMES:

@@ -161,8 +161,8 @@ def _format(output: Path) -> "ImageFormat":
 def upscale(
     image: Annotated[Path, typer.Argument(help="A PNG, JPEG, WebP or AVIF; a transparent one stays so.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("out.png"),
-    scale: Annotated[float, typer.Option(help="How many times as wide and as high; fractions are allowed.")] = 2.0,
-    model: Annotated[str | None, typer.Option(help="lanczos, or an upscaler of the configuration.")] = None,
+    scale: Annotated[float | None, typer.Option(help="How many times as wide and as high; 2, or the model's.")] = None,
+    model: Annotated[str | None, typer.Option(help="lanczos, or an upscaler of `heliograph adapters`.")] = None,
     address: Address = ADDRESS,
     local: Local = False,
     config: Config = DEFAULT_CONFIG,
@@ -174,10 +174,11 @@ def upscale(
     from app.settings import UpscalerSettings
     from models.parts import Upscale
 
-    format, wanted, picture = _format(output), Upscale(scale=scale, model=model), read_picture("image", image)
+    format, picture = _format(output), read_picture("image", image)
     if not local:
-        output.write_bytes(client.Client(address).upscale(picture, wanted, format))
+        output.write_bytes(client.Client(address).upscale(picture, scale, model, format))
         return
+    wanted = Upscale(model=model) if scale is None else Upscale(scale=scale, model=model)
     settings = deployment.read(config)[0].upscaler or UpscalerSettings()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("tiles", total=None)

@@ -61,11 +61,10 @@ class Client:
         except httpx2.HTTPError as gone:
             raise self._unreachable(gone) from gone
 
-    def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> bytes:
+    def upscale(self, picture: bytes, scale: float | None, model: str | None, format: ImageFormat) -> bytes:
         """The encoded picture, enlarged, in that format. Raises ServerSaid or Unreachable."""
-        body: dict[str, Any] = {"image": base64.b64encode(picture).decode(), "scale": wanted.scale}
-        if wanted.model is not None:
-            body["model"] = wanted.model
+        wanted = {"image": base64.b64encode(picture).decode(), "scale": scale, "model": model}
+        body = {name: value for name, value in wanted.items() if value is not None}
         headers = self._headers | {"accept": MEDIA_TYPES[format]}
         try:
             answer = httpx2.post(f"{self._address}/v1/upscale", json=body, headers=headers, timeout=REQUEST_TIMEOUT_S)

@@ -64,6 +64,7 @@ PANELS: dict[str, tuple[Option, ...]] = {
         Option("outpaint", str, "Pixels by which it grows: LEFT,RIGHT,TOP,BOTTOM."),
     ),
     "Larger": (
+        Option("noise_level", int, "How much noise an upscaling model puts on the picture."),
         Option("hires", float, "Draw it once more, this many times as large."),
         Option("hires_steps", int),
         Option("hires_denoise_strength", float),

@@ -129,7 +129,7 @@ class Service:
     ) -> None:
         """Replaces what is on offer; requests under way are not touched. `adapters` is asked anew for each list."""
         self._cards, self._default_model, self._adapters = dict(cards), default_model, adapters
-        self._upscaler = upscaler
+        self._upscaler = replace(upscaler, models=self.upscaling_models) if upscaler else None
 
     @property
     def default_model(self) -> str:
@@ -186,6 +186,11 @@ class Service:
             total_s=time.monotonic() - started,
         )
 
+    @property
+    def upscaling_models(self) -> tuple[str, ...]:
+        """The models that make pictures larger, and draw nothing else."""
+        return tuple(name for name, card in self._cards.items() if card.upscaling)
+
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
         card = self.upscaler
@@ -197,7 +202,9 @@ class Service:
     def upscaler(self) -> UpscalerCard:
         """What the upscaler can do. Raises NotFound where there is none."""
         if self._upscaler is None:
-            raise NotFound("this server has no upscaler")
+            models = ", ".join(self.upscaling_models)
+            named = f", but models that make pictures larger: {models}" if models else ""
+            raise NotFound(f"this server has no upscaler{named}")
         return self._upscaler
 
     async def _with_upscaler(self, request: EffectiveRequest) -> EffectiveRequest:
@@ -220,10 +227,14 @@ class Service:
         return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)
 
     def adapters(self) -> tuple[AdapterDescription, ...]:
-        """What requests may name beside a model. Reads folders: not for an event loop."""
-        upscalers = self._upscaler.names if self._upscaler else ()
-        models = tuple(self._cards)
-        return (*self._adapters(), *(AdapterDescription(name=n, kind="upscaler", models=models) for n in upscalers))
+        """What requests may name beside a model. Reads folders: not for an event loop.
+
+        A model that makes pictures larger is among them, as an upscaler of nobody's pictures but its own requests'.
+        """
+        fits = dict.fromkeys(self._upscaler.names if self._upscaler else (), tuple(self._cards))
+        fits |= {name: (name,) for name in self.upscaling_models}
+        upscalers = (AdapterDescription(name=name, kind="upscaler", models=models) for name, models in fits.items())
+        return (*self._adapters(), *upscalers)
 
     async def accept(self, id: str) -> None:
         """Ends a running request with the present estimate of each picture. Raises NotFound."""

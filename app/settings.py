@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from models.card import ModelCard
 from models.upscaler_card import LANCZOS, UpscalerCard
+from models.upscaling import UPSCALING
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; the router finds it by this name
@@ -85,6 +86,12 @@ class ModelSettings(Strict):
         default_factory=dict, description="name -> folder of the weights it needs"
     )
     defaults: CardDefaults = CardDefaults()
+
+    @model_validator(mode="after")
+    def _nothing_is_in_vain(self) -> Self:
+        if self.family in UPSCALING and (self.controlnets or self.preprocessors):
+            raise ValueError(f"controlnets and preprocessors do not go with the family {self.family}")
+        return self
 
     @property
     def located_adapters(self) -> Path | None:
@@ -239,6 +246,10 @@ class CatalogueSettings(Strict):
             raise ValueError(f"two models have the same name: {', '.join(names)}")
         if self.default_model not in names:
             raise ValueError(f"default_model must be one of {', '.join(names)}, not {self.default_model!r}")
+        upscalers = (LANCZOS, *(self.upscaler.models if self.upscaler else ()))
+        twice = [model.name for model in self.models if model.family in UPSCALING and model.name in upscalers]
+        if twice:
+            raise ValueError(f"a model that makes pictures larger has an upscaler's name: {', '.join(twice)}")
         return self
 
     def cards(self) -> dict[str, ModelCard]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from models.errors import InvalidRequest
 from models.samplers import check_pair, find_sampler, find_schedule
+from models.upscaling import UPSCALING, Upscaling
 
 TASKS = ("txt2img", "img2img", "inpaint")
 INPAINTING_CHANNELS = 9  # latents, mask and masked picture: a UNet that does nothing else
@@ -14,7 +15,10 @@ INPAINTING_CHANNELS = 9  # latents, mask and masked picture: a UNet that does no
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """A model's name, family, native size in pixels, limits and default parameters."""
+    """A model's name, family, native size in pixels, limits and default parameters.
+
+    The size of a model that makes pictures larger is that of its results; it has `upscaling` and no other task.
+    """
 
     name: str
     family: str
@@ -26,27 +30,34 @@ class ModelCard:
     sampler: str = "dpmpp_2m"
     schedule: str = "karras"
     tasks: tuple[str, ...] = TASKS
+    upscaling: Upscaling | None = None
 
     @classmethod
     def read(cls, name: str, family: str, source: str, defaults: dict[str, Any] | None = None) -> "ModelCard":
         """The card of a model; the native size comes from `defaults` or from the source folder's own configuration.
 
         `defaults` may set any field of the card but name and family; `max_pixels` is four times the native area
-        unless said. Raises InvalidRequest where the source is not a local diffusers folder and no width is given.
+        unless said. Raises InvalidRequest where the source is not a local diffusers folder and no width is given, and
+        for tasks that are not the family's.
         """
-        values = dict(defaults or {})
+        upscaling = UPSCALING.get(family)
+        values = dict(defaults or {}) if upscaling is None else {**upscaling.defaults, **(defaults or {})}
+        own = TASKS if upscaling is None else ("upscale",)
         if "width" not in values:
             values["width"] = _native_side(Path(source))
         values.setdefault("height", values["width"])
         if _input_channels(Path(source)) == INPAINTING_CHANNELS:
             values.setdefault("tasks", ("inpaint",))
+        values.setdefault("tasks", own)
+        if not set(values["tasks"]) <= set(own):
+            raise InvalidRequest("defaults.tasks", f"a model of the family {family} does {', '.join(own)}")
         values.setdefault("max_pixels", 4 * values["width"] * values["height"])
         if "sampler" in values:
             values["sampler"], schedule = find_sampler(values["sampler"])
             values.setdefault("schedule", schedule or "default")
         if "schedule" in values:
             values["schedule"] = find_schedule(values["schedule"])
-        card = cls(name=name, family=family, **values)
+        card = cls(name=name, family=family, upscaling=upscaling, **values)
         check_pair(card.sampler, card.schedule)
         return card
 

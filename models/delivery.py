@@ -66,6 +66,8 @@ def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finishe
     request, array = sequence.request, to_bytes(picture)
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
+    width, height = request.largest  # what an upscaling model was shown may reach beyond it
+    array = array[:height, :width]
     if sequence.canvas is not None and request.paste_back:
         array = sequence.canvas.paste(array)
     return Finished(

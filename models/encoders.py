@@ -27,16 +27,16 @@ def hidden_states(
     model: Any, chunks: Sequence[Chunk], last: int, encoding: Encoding
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk's hidden state, (chunks, tokens, width), of the layer that is `last` from the end where none is left
-    out; and the model's first output (chunks, ...), which is the pooled one where it projects."""
-    states, first = [], []
+    out; and the pooled one, (chunks, width), projected where the model does that."""
+    states, pooled = [], []
     for start in range(0, len(chunks), _TOGETHER):
         some = chunks[start : start + _TOGETHER]
         ids = torch.tensor([chunk.ids for chunk in some], device=model.get_input_embeddings().weight.device)
         with _own_words(model, some), encoding([chunk.loras for chunk in some]):
             output = model(ids, output_hidden_states=True)
         states += [output.hidden_states[-(last + chunk.clip_skip)][i] for i, chunk in enumerate(some)]
-        first.append(output[0])
-    return torch.stack(states), torch.cat(first)
+        pooled.append(output.text_embeds if "text_embeds" in output else output.pooler_output)
+    return torch.stack(states), torch.cat(pooled)
 
 
 def normalized(model: Any, hidden: torch.Tensor) -> torch.Tensor:

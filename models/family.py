@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
+from models.images import Picture
 from models.prompt import PromptReport
 from models.tokens import Loras, Wording
 from models.weights import Placement
@@ -97,10 +98,37 @@ class Family(Protocol):
         ...
 
 
+@runtime_checkable
+class UpscalingFamily(Family, Protocol):
+    """An architecture that makes pictures larger, and nothing else; models.upscaling tells of it without torch."""
+
+    scale: int
+    """How many times as wide and high a picture becomes."""
+    multiple: int
+    """What the sides of a picture that it is shown have to be multiples of."""
+    least: int
+    """What these sides have to have at least, a multiple too."""
+
+    def shown(self, picture: Picture, noise_level: int, generator: torch.Generator) -> torch.Tensor:
+        """What the network sees of a picture beside its latents, (k, h, w).
+
+        `predict` gets it behind them. The generator is used as diffusers' pipeline does before it draws the latents.
+        """
+        ...
+
+
 def run_unet(
-    unet: Any, latents: torch.Tensor, timesteps: torch.Tensor, rows: Conditioning, residuals: Residuals | None
+    unet: Any,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    rows: Conditioning,
+    residuals: Residuals | None,
+    **beside: torch.Tensor,
 ) -> torch.Tensor:
-    """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none."""
+    """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none.
+
+    `beside` is what a particular UNet takes by name and others do not know.
+    """
     down, mid = residuals or (None, None)
     return unet(
         latents.to(unet.dtype),
@@ -110,6 +138,7 @@ def run_unet(
         added_cond_kwargs=dict(rows.added),
         down_block_additional_residuals=down,
         mid_block_additional_residual=mid,
+        **beside,
         return_dict=False,
     )[0].float()
 

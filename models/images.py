@@ -65,6 +65,11 @@ class Picture:
         image = Image.fromarray(self.array()).resize((width, height), Image.Resampling.LANCZOS)
         return Picture.from_array(np.asarray(image))
 
+    def continued(self, multiple: int, least: int) -> "Picture":
+        """The picture with its last row and column repeated until its sides are multiples and have a least length."""
+        bottom, right = (max(-side % multiple, least - side) for side in (self.height, self.width))
+        return Picture.from_array(np.pad(self.array(), ((0, bottom), (0, right), (0, 0)), mode="edge"))
+
 
 def mask_array(picture: Picture) -> np.ndarray:
     """A mask's values, uint8 (height, width): the luminance of ITU-R BT.601, so white is 255 and black is 0."""

@@ -114,8 +114,9 @@ def _settings(values: Mapping[str, Any], revision: str) -> dict[str, Any]:
     if values.get("variation_strength"):
         settings["Variation seed"] = values["variation_seed"]
         settings["Variation seed strength"] = values["variation_strength"]
-    if hires or values.get("image"):
-        settings["Denoising strength"] = hires["denoise_strength"] if hires else values["denoise_strength"]
+    strength = hires["denoise_strength"] if hires else values.get("image") and values["denoise_strength"]
+    if strength is not None:
+        settings["Denoising strength"] = strength
     if values["clip_skip"]:
         settings["Clip skip"] = values["clip_skip"] + 1  # A1111 counts the layer that is used: 1 is the last
     if mask:

@@ -44,6 +44,7 @@ SHARE = Range(0.0, 1.0)
 ADAPTERS = Range(0, 8)
 ADAPTER_WEIGHT = Range(-4.0, 4.0)
 UPSCALE = Range(1.0, 8.0)
+NOISE_LEVEL = Range(0, 350)  # of 1000 steps; upscaling models have seen no more
 PROMPT_CHARACTERS = 10_000
 
 

@@ -77,8 +77,8 @@ def read(encoded: bytes, field: str = "image") -> Metadata:
 
 def _described(request: EffectiveRequest) -> dict[str, Any]:
     values = {name: value for name, value in _plain(request).items() if name not in _ORDER}
-    if request.image is None:
-        values["denoise_strength"] = None  # what a request without an input picture must not say
+    if request.task in ("txt2img", "upscale"):
+        values["denoise_strength"] = None  # what a request without a picture to draw anew must not say
     return values
 
 

@@ -11,7 +11,7 @@ from models.autoencoder import to_bytes
 from models.canvas import Canvas, plan
 from models.conditioning import Conditioner
 from models.errors import InvalidRequest
-from models.family import Family
+from models.family import Family, UpscalingFamily
 from models.images import Picture
 from models.registered import Adapters
 from models.request import EffectiveRequest
@@ -83,6 +83,8 @@ class Preparation:
         phase = sequence.phases[0]
         if phase.canvas is not None:
             clean, noise = self._inpainted(sequence, phase.canvas)
+        elif sequence.request.task == "upscale":
+            clean, noise = self._upscaled(sequence)
         elif phase.picture is not None:
             clean = self._autoencoder.encode([phase.picture], [sequence.generator])[0]
             noise = _first_noise(sequence)
@@ -96,6 +98,8 @@ class Preparation:
 
     def _phases(self, one: EffectiveRequest) -> tuple[Phase, ...]:
         shape = self._shape(one.width, one.height)
+        if one.task == "upscale":
+            return (self._upscaling(one),)
         if one.image is None:
             first = Phase(tape=self._tape(one, one.steps, None), shape=shape)
         elif one.task == "img2img":
@@ -109,6 +113,15 @@ class Preparation:
             return (first,)
         tape = self._tape(one, one.hires.steps or one.steps, one.hires.denoise_strength)
         return first, Phase(tape=tape, shape=self._shape(*one.largest), enlarge=one.hires.upscaler)
+
+    def _upscaling(self, one: EffectiveRequest) -> Phase:
+        """The picture, continued to a size that the network takes; what was added is cut off again in the end."""
+        family = self._family
+        assert isinstance(family, UpscalingFamily)
+        assert one.image is not None
+        picture = one.image.continued(family.multiple, family.least)
+        shape = self._shape(picture.width * family.scale, picture.height * family.scale)
+        return Phase(tape=self._tape(one, one.steps, None), shape=shape, picture=picture)
 
     def _steered(self, one: EffectiveRequest, phase: Phase) -> Phase:
         """The phase with the request's ControlNets, whose pictures become hints of its size and place."""
@@ -136,6 +149,15 @@ class Preparation:
         picture = Picture.from_array(to_bytes(self._autoencoder.decode(sequence.latents[None])[0].numpy()))
         larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
+
+    def _upscaled(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """No clean latents, and unit noise; the sequence is told what the network is to see of its picture."""
+        family, phase = self._family, sequence.phases[0]
+        assert isinstance(family, UpscalingFamily)
+        assert phase.picture is not None
+        assert sequence.request.noise_level is not None
+        sequence.inputs = family.shown(phase.picture, sequence.request.noise_level, sequence.generator)
+        return torch.zeros(phase.shape, device=family.device), _first_noise(sequence)
 
     def _inpainted(self, sequence: Sequence, drawn: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean latents and unit noise; the sequence is told what it keeps, or what the network is to see of it.

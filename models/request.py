@@ -26,10 +26,10 @@ MaskRegion = Literal["whole", "masked"]
 MASK_REGIONS: tuple[MaskRegion, ...] = get_args(MaskRegion)
 Metadata = Literal["full", "minimal", "none"]
 METADATA: tuple[Metadata, ...] = get_args(Metadata)
-Task = Literal["txt2img", "img2img", "inpaint"]
+Task = Literal["txt2img", "img2img", "inpaint", "upscale"]
 
 _OF_A_MASK = ("mask_blur", "mask_grow", "mask_fill", "mask_padding", "paste_back")
-_STRENGTH: dict[Task, float] = {"txt2img": 1.0, "img2img": 0.75, "inpaint": 1.0}
+_STRENGTH: dict[Task, float] = {"txt2img": 1.0, "img2img": 0.75, "inpaint": 1.0, "upscale": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,10 @@ class GenerationRequest:
 
     `denoise_strength` 1 ignores the input picture, 0 returns it through the autoencoder. White in `mask` is drawn anew;
     blur, grow and padding are in pixels; region "masked" draws the masked part alone, at the size asked for, and puts
-    it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `stop_at_step` ends the
-    work early, with the estimate that step has come to. `deadline_s` is how long the caller waits, counted from
-    submission. `preview_every` asks for a preview in every n-th progress event, 0 for none.
+    it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `noise_level` is how
+    much noise an upscaling model puts on the picture that it makes larger. `stop_at_step` ends the work early, with the
+    estimate that step has come to. `deadline_s` is how long the caller waits, counted from submission. `preview_every`
+    asks for a preview in every n-th progress event, 0 for none.
     """
 
     model: str
@@ -73,6 +74,7 @@ class GenerationRequest:
     mask_padding: int = 32
     paste_back: bool = True
     outpaint: Outpaint | None = None
+    noise_level: int | None = None
     hires: Hires | None = None
     stop_at_step: int | None = None
     controls: tuple[ControlUse, ...] = ()
@@ -88,6 +90,8 @@ class GenerationRequest:
     def task(self) -> Task:
         if self.mask is not None or self.outpaint is not None:
             return "inpaint"
+        if self.noise_level is not None:  # resolved, every request to an upscaling model has one
+            return "upscale"
         return "txt2img" if self.image is None else "img2img"
 
     def resolve(self, card: ModelCard) -> "EffectiveRequest":
@@ -96,6 +100,8 @@ class GenerationRequest:
         Raises InvalidRequest (naming the field and what is allowed) and NotFound (another model's card).
         """
         _check_model(self.model, card)
+        if card.upscaling and self.noise_level is None:
+            return replace(self, noise_level=card.upscaling.noise_level or 0).resolve(card)
         sampler, schedule = self._sampling(card)
         width, height = self._size(card)
         values = {f.name: getattr(self, f.name) for f in fields(GenerationRequest)}
@@ -135,21 +141,22 @@ class GenerationRequest:
     def _size(self, card: ModelCard) -> tuple[int, int]:
         """What is drawn: the input picture's size, cut down to the next multiple, stands in for one not given.
 
-        An outpainted picture has the size it grows to, a masked region drawn alone the model's own.
+        A picture that grows has the size it grows to, a masked region drawn alone the model's own.
         """
+        if self.image is not None and card.upscaling:
+            return self._grown(*card.upscaling.enlarged(self.image, card.max_pixels))
         if self.image is not None and self.outpaint is not None:
-            return self._grown(self.image, self.outpaint)
+            return self._grown(*self.outpaint.grown(self.image.width, self.image.height))
         if self.image is not None and self.width is None and self.height is None and self.mask_region == "whole":
             width, height = self.image.width, self.image.height
             return width - width % limits.SIDE_MULTIPLE, height - height % limits.SIDE_MULTIPLE
         return card.width if self.width is None else self.width, card.height if self.height is None else self.height
 
-    def _grown(self, image: Picture, outpaint: Outpaint) -> tuple[int, int]:
-        grown = outpaint.grown(image.width, image.height)
-        for field, asked, side in zip(("width", "height"), (self.width, self.height), grown, strict=True):
+    def _grown(self, width: int, height: int) -> tuple[int, int]:
+        for field, asked, side in (("width", self.width, width), ("height", self.height, height)):
             if asked not in (None, side):
-                raise InvalidRequest(field, f"must be left out or {side}, to which the outpainted picture grows")
-        return grown
+                raise InvalidRequest(field, f"must be left out or {side}, to which the picture grows")
+        return width, height
 
     def _variation_seed(self) -> int | None:
         if not self.variation_strength or self.variation_seed is not None:
@@ -157,8 +164,8 @@ class GenerationRequest:
         return secrets.randbelow(2**32)
 
     def _strength(self) -> float:
-        if self.image is None and self.denoise_strength is not None:
-            raise InvalidRequest("denoise_strength", "needs an input picture in `image`")
+        if self.denoise_strength is not None and self.task in ("txt2img", "upscale"):
+            raise InvalidRequest("denoise_strength", "needs an input picture in `image`, one to be drawn anew")
         filled = self.task == "inpaint" and self.mask_fill != "original"  # which from noise alone would not be seen
         default = _STRENGTH["img2img" if filled else self.task]
         return default if self.denoise_strength is None else self.denoise_strength
@@ -273,7 +280,7 @@ class EffectiveRequest(GenerationRequest):
         if self.mask_region == "masked" and (self.mask is None or self.outpaint is not None):
             raise InvalidRequest("mask_region", "`masked` needs a mask, and no borders to outpaint")
         if self.task not in card.tasks:
-            field = {"txt2img": "image", "img2img": "image", "inpaint": "mask"}[self.task]
+            field = {"inpaint": "mask", "upscale": "noise_level"}.get(self.task, "image")
             raise InvalidRequest(field, f"{card.name} does {', '.join(card.tasks)}, not {self.task}")
 
     def _check_parts(self) -> None:
@@ -293,6 +300,9 @@ class EffectiveRequest(GenerationRequest):
             raise InvalidRequest("hires", "does not go with a mask; draw the masked region larger instead")
 
     def _check_size(self, card: ModelCard) -> None:
+        if card.upscaling:
+            card.upscaling.check(self, card.max_pixels)
+            return
         limits.check_side("width", self.width)
         limits.check_side("height", self.height)
         width, height = self.largest
@@ -310,8 +320,10 @@ def _check_model(model: str, card: ModelCard) -> None:
 
 def warm_up_request(card: ModelCard, **options: Any) -> GenerationRequest:
     """The plainest request that a model takes: without a picture, or with a white one where it needs one."""
-    white = Picture(width=card.width, height=card.height, data=b"\xff" * (3 * card.width * card.height))
+    scale = card.upscaling.scale if card.upscaling else 1
+    width, height = card.width // scale, card.height // scale
+    white = Picture(width=width, height=height, data=b"\xff" * (3 * width * height))
     if "txt2img" not in card.tasks:
         options |= {"image": white}
-        options |= {} if "img2img" in card.tasks else {"mask": white}
+        options |= {"mask": white} if card.tasks == ("inpaint",) else {}
     return GenerationRequest(model=card.name, prompt="warm-up", seed=0, **options)

@@ -25,8 +25,8 @@ NEVER = 10**9  # steps
 class Phase:
     """One run of a tape on latents of one shape (c, h, w).
 
-    It starts from a picture, or from what the phase before it has made, enlarged, or from noise alone. A canvas says
-    which part of the picture is drawn; `controls` steer it.
+    It starts from a picture, or from what the phase before it has made, enlarged, or from noise alone; upscaling
+    networks are shown the picture instead. A canvas says which part of it is drawn; `controls` steer it.
     """
 
     tape: Tape

@@ -107,13 +107,16 @@ def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> 
     if denoise_strength is not None:
         signal, noise = _renoised(scheduler, timesteps[:1])
     scales, coefficients, draws, blends = _record(scheduler, timesteps)
+    abar = _signals(scheduler, timesteps, np.array(scales))
+    if scheduler.config.get("timestep_type") == "continuous":  # the network is told log(sigma) / 4 (arXiv:2206.00364)
+        timesteps = torch.from_numpy(np.log(1 / abar - 1) / 8)
     return Tape(
         timesteps=timesteps.to(torch.float32),
         input_scales=torch.tensor(scales),
         coefficients=torch.from_numpy(coefficients).float(),
         draws=tuple(draws),
         steps=_step_numbers(len(timesteps), steps - skipped // scheduler.order, scheduler.order),
-        estimates=_estimates(scheduler, timesteps, scales),
+        estimates=_estimates(scheduler.config.prediction_type, abar, np.array(scales)),
         blends=torch.tensor(blends),
         signal=signal,
         noise=noise,
@@ -198,16 +201,17 @@ def _fit(
     raise InvalidRequest("sampler", f"{name} is not linear with this model's configuration and cannot be compiled")
 
 
-def _estimates(scheduler: Any, timesteps: torch.Tensor, scales: list[float]) -> torch.Tensor:
-    """(n, 2): the clean latents expected at each evaluation, as p x + q m.
-
-    Every scheduler hands the network latents of unit variance, sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv:2006.11239,
-    eq. 4; for v see arXiv:2202.00512, appendix D), so the timestep alone tells how to undo it.
-    """
+def _signals(scheduler: Any, timesteps: torch.Tensor, scales: np.ndarray) -> np.ndarray:
+    """(n,): abar of sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv:2006.11239, eq. 4), which every scheduler hands the
+    network: those that keep latents of another variance scale them by sqrt(abar), for the others the timestep tells."""
     known = scheduler.alphas_cumprod.double().numpy()
-    abar = np.interp(timesteps.double().numpy(), np.arange(len(known)), known).clip(min=1e-6)
-    clean, dirty, scale = np.sqrt(abar), np.sqrt(1 - abar), np.array(scales)
-    prediction = scheduler.config.prediction_type
+    told = np.interp(timesteps.double().numpy(), np.arange(len(known)), known)
+    return np.where(scales < 1, scales**2, told).clip(min=1e-6)
+
+
+def _estimates(prediction: str, abar: np.ndarray, scale: np.ndarray) -> torch.Tensor:
+    """(n, 2): the clean latents expected at each evaluation, as p x + q m (for v see arXiv:2202.00512, appendix D)."""
+    clean, dirty = np.sqrt(abar), np.sqrt(1 - abar)
     if prediction == "epsilon":
         p, q = scale / clean, -dirty / clean
     elif prediction == "v_prediction":

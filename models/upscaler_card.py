@@ -12,22 +12,32 @@ LANCZOS = "lanczos"  # always there, and needs no weights
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalerCard:
-    """The upscalers by name, the one that is used when none is named, the largest pictures in and out, in pixels."""
+    """The upscalers by name, the one that is used when none is named, the largest pictures in and out, in pixels.
+
+    `models` are the models that make pictures larger: POST /v1/upscale takes their names too, and they have limits of
+    their own.
+    """
 
     names: tuple[str, ...] = (LANCZOS,)
     default: str = LANCZOS
+    models: tuple[str, ...] = ()
     max_input_pixels: int = 16 * 1024 * 1024
     max_output_pixels: int = 64 * 1024 * 1024
 
     def resolve(self, wanted: Upscale, prefix: str = "") -> Upscale:
         """The same with the model's name filled in; `prefix` stands before the name of a field that is at fault.
 
-        Raises InvalidRequest for a scale out of range and NotFound listing the upscalers there are.
+        Raises InvalidRequest for a scale out of range and for a model, which needs a request of its own, and NotFound
+        listing the upscalers there are.
         """
         limits.UPSCALE.check(f"{prefix}scale", wanted.scale)
         model = self.default if wanted.model is None else wanted.model
+        if model in self.models:
+            allowed = f"must be one of {', '.join(self.names)}; {model} draws: send it the picture by POST /v1/upscale"
+            raise InvalidRequest(f"{prefix}model", allowed)
         if model not in self.names:
-            raise NotFound(f"there is no upscaler {model!r}; the upscalers are: {', '.join(self.names)}")
+            there_are = ", ".join((*self.names, *self.models))
+            raise NotFound(f"there is no upscaler {model!r}; the upscalers are: {there_are}")
         return Upscale(scale=wanted.scale, model=model)
 
     def check(self, encoded: bytes, scale: float, format: ImageFormat | None = None) -> None:

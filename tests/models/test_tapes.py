@@ -121,3 +121,33 @@ def test_tapes_are_kept_and_never_mixed_up():
     assert len(tapes.get("heun", "karras", 7)) == 13
     assert len(tapes.get("heun", "karras", 8)) == 15
     assert set(SCHEDULES) == {"default", "karras", "exponential", "beta", "sgm_uniform"}
+
+
+CONTINUOUS = CONFIG | {
+    "_class_name": "EulerDiscreteScheduler",
+    "prediction_type": "v_prediction",
+    "timestep_type": "continuous",
+}
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "log_linear"])
+@pytest.mark.parametrize("schedule", SAMPLERS["euler"].schedules)
+def test_a_network_of_continuous_time_is_told_the_logarithm_of_the_noise(schedule: str, interpolation: str):
+    tapes = Tapes(CONTINUOUS | {"interpolation_type": interpolation})
+    tape, scheduler = tapes.get("euler", schedule, 8), tapes.scheduler("euler", schedule)
+    scheduler.set_timesteps(8)
+    sigmas = scheduler.sigmas[: len(tape)]
+    assert torch.allclose(tape.timesteps, sigmas.log() / 4, atol=2e-5)
+    last = tape.coefficients[-1]  # without noise that is left, the next latents are the clean ones that are expected
+    if sigmas[-1] > 0 and scheduler.sigmas[len(tape)] == 0:
+        assert torch.allclose(tape.estimates[-1], torch.stack([last[X.start], last[M.start]]), atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_continuous_time_is_the_same_noise_as_the_timestep(sampler: str):
+    discrete = Tapes(CONTINUOUS | {"timestep_type": "discrete"}).get(sampler, "default", 8)
+    told = Tapes(CONTINUOUS).get(sampler, "default", 8).timesteps
+    abar = diffusers.DDIMScheduler(**{k: CONFIG[k] for k in ("beta_start", "beta_end", "beta_schedule")}).alphas_cumprod
+    near = abar[discrete.timesteps.round().long()]
+    assert torch.allclose(told, (1 / near - 1).log() / 8, atol=0.05)
+    assert torch.equal(told, told.sort(descending=True).values) or sampler in ("heun", "dpm2", "dpm2_a", "pndm")

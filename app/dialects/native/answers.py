@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.responses import Response
 
 from app import wire
+from app.dialects.native.schemas import JSON
 from app.errors import envelope
 from app.service import Accepted, AdapterDescription, GenerationResult, ModelDescription, StreamEvent
 from models import limits
@@ -18,8 +19,9 @@ from models.images import FORMATS, MEDIA_TYPES, Picture
 from models.limits import Range
 from models.request import EffectiveRequest
 from models.samplers import SAMPLERS, SCHEDULE_LABELS, SCHEDULES
+from models.upscaling import Upscaling
 
-_OF_A_PICTURE = {"denoise_strength"}
+_OF_A_DRAWN_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
 
 
@@ -73,8 +75,16 @@ async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None
             yield wire.server_sent_event("error", envelope(error))
 
 
-def picture_response(result: GenerationResult) -> Response:
-    """The picture itself, with what is short enough to be a header."""
+async def response(result: GenerationResult, media_type: str) -> Response:
+    """A result as JSON, or as the picture itself where that is asked for."""
+    if media_type != JSON:
+        return _picture(result)
+    size = sum(len(image.data) for image in result.images)
+    return await wire.written(size, lambda: wire.json_response(from_result(result)))
+
+
+def _picture(result: GenerationResult) -> Response:
+    """With what is short enough to be a header."""
     image, request = result.images[0], result.request
     headers = {
         "x-id": result.id,
@@ -102,6 +112,7 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "state": model.state,
         "default": model.default,
         "tasks": list(card.tasks),
+        **({"upscaling": _upscaling(card.upscaling, card.max_pixels)} if card.upscaling else {}),
         "size": {"width": card.width, "height": card.height},
         "defaults": {
             "steps": card.steps,
@@ -112,6 +123,14 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "output_formats": list(FORMATS),
         "limits": _limits() | {"max_pixels": card.max_pixels},
+    }
+
+
+def _upscaling(upscaling: Upscaling, max_pixels: int) -> dict[str, Any]:
+    return {
+        "scale": upscaling.scale,
+        "noise_level": upscaling.noise_level,
+        "max_input_pixels": upscaling.most(max_pixels),
     }
 
 
@@ -138,8 +157,8 @@ def samplers() -> dict[str, Any]:
 def parameters(request: EffectiveRequest) -> dict[str, Any]:
     """Every parameter that plays a part, as it was used; pictures by their size."""
     idle = {"model"}
-    if request.image is None:
-        idle |= _OF_A_PICTURE
+    if request.task in ("txt2img", "upscale"):
+        idle |= _OF_A_DRAWN_PICTURE
     if request.task != "inpaint":
         idle |= _OF_A_MASK
     values = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in idle}

@@ -120,6 +120,7 @@ class DrawBody(Wire):
     )
     mask_padding: int | None = within(limits.MASK_PADDING, "Pixels around the masked part; 32 when left out")
     paste_back: bool | None = Field(None, description="Keep what the mask keeps to the pixel; true when left out")
+    noise_level: int | None = within(limits.NOISE_LEVEL, "Of an upscaling model: how much noise it puts on `image`")
     hires: HiresPart | None = Field(None, description="Draw it once more, larger")
     stop_at_step: int | None = within(limits.STOP_AT_STEP, "End there, with what that step has come to")
     controls: list[ControlPart] | None = Field(None, description="ControlNets")

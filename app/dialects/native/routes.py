@@ -98,11 +98,7 @@ async def _draw(request: Request, service: Service, body: Body, to_request: ToRe
         return await wire.unless_disconnected(request, _stream(service, wanted))
     if media_type != JSON:
         wanted = replace(wanted, output_format=next(f for f, kind in MEDIA_TYPES.items() if kind == media_type))
-    result = await wire.unless_disconnected(request, service.generate(wanted))
-    if media_type != JSON:
-        return answers.picture_response(result)
-    size = sum(len(image.data) for image in result.images)
-    return await wire.written(size, lambda: wire.json_response(answers.from_result(result)))
+    return await answers.response(await wire.unless_disconnected(request, service.generate(wanted)), media_type)
 
 
 async def _stream(service: Service, wanted: GenerationRequest) -> Response:

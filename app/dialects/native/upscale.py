@@ -1,4 +1,7 @@
-"""`POST /v1/upscale`: a picture comes back larger. Its wire model, its path and its answers."""
+"""`POST /v1/upscale`: a picture comes back larger. Its wire model, its path and its answers.
+
+An upscaler enlarges it, or a model that draws it anew, at its own factor and with fields of its own.
+"""
 
 import asyncio
 import time
@@ -10,24 +13,43 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app import links, wire
-from app.dialects.native import forms, requests
+from app.dialects.native import answers, forms, requests
 from app.dialects.native.bodies import Encoded, OutputFormat, Wire, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
 from app.events import Upscaled
 from app.service import Service
 from models import limits
+from models.card import ModelCard
 from models.errors import InvalidRequest
-from models.images import MEDIA_TYPES, ImageFormat
+from models.images import MEDIA_TYPES, ImageFormat, Picture
 from models.parts import Upscale
+from models.request import GenerationRequest, Metadata
+
+_OF_A_MODEL = (
+    *("prompt", "negative_prompt", "noise_level", "steps", "guidance_scale", "seed", "sampler", "schedule"),
+    *("metadata", "deadline_s"),
+)
 
 
 class UpscaleBody(Wire):
-    """What to make larger, and by how much."""
+    """What to make larger, and by how much. The fields behind `output_format` are for models, not for upscalers."""
 
     image: Encoded = Field(description="PNG, JPEG, WebP or AVIF: base64, a data URI or an http(s) address")
-    scale: float = within(limits.UPSCALE, "How many times as wide and as high, fractions too; 2 when left out", 2.0)
+    scale: float | None = within(
+        limits.UPSCALE, "How many times as wide and as high, fractions too; 2, or the model's own, when left out"
+    )
     model: str | None = Field(None, description="An upscaler from GET /v1/adapters; the default one when left out")
     output_format: OutputFormat | None = Field(None, description="png when left out; jpg is jpeg")
+    prompt: str | None = Field(None, description="What the picture shows; nothing when left out")
+    negative_prompt: str | None = Field(None, description="What it should not show")
+    noise_level: int | None = within(limits.NOISE_LEVEL, "How much noise the model puts on the picture")
+    steps: int | None = within(limits.STEPS, "Denoising steps")
+    guidance_scale: float | None = within(limits.GUIDANCE_SCALE, "How closely to follow the prompt; 1 is not at all")
+    seed: int | None = within(limits.SEED, "Random when left out")
+    sampler: str | None = Field(None, description="A name from GET /v1/samplers")
+    schedule: str | None = Field(None, description="The sampler's spacing of noise levels")
+    metadata: Metadata | None = Field(None, description="What the file tells of its making; none when left out")
+    deadline_s: float | None = within(limits.DEADLINE_S, "Seconds after which the picture is of no use")
 
 
 def add(router: APIRouter, service: Service) -> None:
@@ -41,13 +63,33 @@ def add(router: APIRouter, service: Service) -> None:
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
         body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
         picture = await asyncio.to_thread(requests.encoded_bytes, "image", body.image)
-        wanted = Upscale(scale=body.scale, model=body.model)
+        if body.model in service.upscaling_models:
+            drawing = await asyncio.to_thread(to_request, body, service.card(body.model), picture, format)
+            result = await wire.unless_disconnected(request, service.generate(drawing))
+            return await answers.response(result, media_type)
+        wanted = to_upscale(body)
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
         if media_type != JSON:
             return _bytes(upscaled)
         total_s = time.monotonic() - started
         size = len(upscaled.data)
-        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, body.scale, total_s)))
+        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, wanted.scale, total_s)))
+
+
+def to_request(body: UpscaleBody, card: ModelCard, picture: bytes, format: ImageFormat) -> GenerationRequest:
+    """For a model. Raises InvalidRequest for what is no picture, and for another scale than the model's."""
+    if card.upscaling is not None and body.scale not in (None, card.upscaling.scale):
+        raise InvalidRequest("scale", f"must be left out or {card.upscaling.scale}, which is what {card.name} does")
+    values: dict[str, Any] = {"prompt": ""} | body.model_dump(include=set(_OF_A_MODEL), exclude_none=True)
+    return GenerationRequest(model=card.name, image=Picture.from_bytes(picture), output_format=format, **values)
+
+
+def to_upscale(body: UpscaleBody) -> Upscale:
+    """For an upscaler. Raises InvalidRequest for a field that it would not look at."""
+    for field in _OF_A_MODEL:
+        if getattr(body, field) is not None:
+            raise InvalidRequest(field, "needs a `model` of GET /v1/models, one that makes pictures larger")
+    return Upscale(model=body.model) if body.scale is None else Upscale(scale=body.scale, model=body.model)
 
 
 def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
