@@ -38,9 +38,10 @@ WATCHED = {"model": "ServeReplica:model-", "gateway": "ServeReplica:gateway", "u
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How much memory each process held after so many requests, in MiB (resident)."""
+    """How much memory each process held after so many requests and seconds, in MiB (resident)."""
 
     requests: int
+    seconds: float
     mib: dict[str, float]
 
 
@@ -55,12 +56,11 @@ def main(
     from bench.machine import Machine
 
     console, machine = Console(), Machine.here(threads)
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         readings, counts = asyncio.run(_soak(Path(folder), requests, seed, threads))
+    minutes = readings[-1].seconds / 60
     sheet = sheet_of(readings, requests)
     console.print(sheet.rich())
-    minutes = (time.monotonic() - started) / 60
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     facts = [
         f"{requests} requests ({kinds}), {IN_FLIGHT} in flight, {minutes:.0f} minutes; {LORAS} LoRAs under a cache of "
@@ -86,11 +86,10 @@ def sheet_of(readings: Sequence[Reading], requests: int) -> Sheet:
     """Each process's memory at the line's begin and end, its most, and the line's slope."""
     warm = [reading for reading in readings if reading.requests >= WARM * requests]
     rows = []
-    for process in warm[0].mib:
-        mib = [reading.mib[process] for reading in warm]
-        rows.append(
-            [process, f"{mib[0]:.0f}", f"{mib[-1]:.0f}", f"{max(mib):.0f}", f"{slope(warm, process):+.1f}"],
-        )
+    for process in warm[-1].mib:
+        lived = [reading for reading in warm if process in reading.mib]  # an upscaler wakes when it is needed
+        mib = [reading.mib[process] for reading in lived]
+        rows.append([process, f"{mib[0]:.0f}", f"{mib[-1]:.0f}", f"{max(mib):.0f}", f"{slope(lived, process):+.1f}"])
     columns = ("process", f"MiB after {WARM:.0%}", "at the end", "most", "MiB per 1,000 requests")
     return Sheet(title=f"Memory over {requests} mixed requests", columns=columns, rows=rows)
 
@@ -101,6 +100,11 @@ async def _soak(folder: Path, requests: int, seed: int, threads: int) -> tuple[l
     churn = Churn(folder, random.Random(seed))
     numbers, readings, counts = iter(range(requests)), [], Counter()
     async with Server(threads, adapters=str(folder), lora_cache_mib=CACHE_MIB) as server:
+        started = time.monotonic()
+
+        async def read() -> None:
+            mib = await asyncio.to_thread(memory, server.pid)
+            readings.append(Reading(requests=counts.total(), seconds=time.monotonic() - started, mib=mib))
 
         async def client() -> None:
             for number in numbers:
@@ -113,8 +117,7 @@ async def _soak(folder: Path, requests: int, seed: int, threads: int) -> tuple[l
             with Progress() as progress:
                 task = progress.add_task("requests", total=requests)
                 while counts.total() < requests:
-                    mib = await asyncio.to_thread(memory, server.pid)
-                    readings.append(Reading(requests=counts.total(), mib=mib))
+                    await read()
                     progress.update(task, completed=counts.total())
                     await asyncio.sleep(EVERY_S)
 
@@ -122,7 +125,7 @@ async def _soak(folder: Path, requests: int, seed: int, threads: int) -> tuple[l
             tasks.create_task(watch())
             for _ in range(IN_FLIGHT):
                 tasks.create_task(client())
-        readings.append(Reading(requests=requests, mib=memory(server.pid)))
+        await read()
     return readings, counts
 
 
