@@ -79,7 +79,8 @@ def main(
 def slope(readings: Sequence[Reading], process: str) -> float:
     """MiB per 1,000 requests: the least-squares line's."""
     counts = [reading.requests for reading in readings]
-    return float(np.polyfit(counts, [reading.mib[process] for reading in readings], 1)[0] * 1000)
+    line = np.polyfit(counts, [reading.mib[process] for reading in readings], 1)
+    return round(float(line[0]) * 1000, 3) + 0.0  # which takes the sign from a zero
 
 
 def sheet_of(readings: Sequence[Reading], requests: int) -> Sheet:
