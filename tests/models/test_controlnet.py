@@ -28,10 +28,12 @@ from models.parts import ControlUse, Hires
 from models.preprocessors import preprocess
 from models.registered import Adapters
 from models.request import GenerationRequest
+from models.rowwise import RowThreads
 from tests.models.conftest import FAMILIES, folder, loaded_family, pipeline, reference
 
 MODELS = ("sd15", "sdxl")
 STEPS = 5
+SHARE = RowThreads(torch.device("cpu"), 1)
 
 
 def canny(model: str) -> Path:
@@ -208,12 +210,12 @@ def test_rows_of_different_lengths_get_what_each_gets_alone(model, other):
     owners, lengths = [0, 0, 1, 2, 2], [77, 154, 77, 77, 231]
     latents, timesteps, rows = batch_of(model, lengths)
     with torch.inference_mode():
-        down, mid = ControlBatch(controls, owners, [10, 10, 10]).residuals(latents, timesteps, rows, [3, 3, 3])
+        down, mid = ControlBatch(controls, owners, [10, 10, 10]).residuals(latents, timesteps, rows, [3, 3, 3], SHARE)
         for row, (owner, length) in enumerate(zip(owners, lengths, strict=True)):
             added = {name: value[row : row + 1] for name, value in rows.added.items()}
             own = Conditioning(context=rows.context[row : row + 1, :length], added=added)
             alone = ControlBatch([controls[owner]], [0], [10]).residuals(
-                latents[row : row + 1], timesteps[row : row + 1], own, [3]
+                latents[row : row + 1], timesteps[row : row + 1], own, [3], SHARE
             )
             if alone is None:
                 assert not any(part[row].any() for part in (*down, mid))
@@ -228,9 +230,9 @@ def test_nothing_runs_where_nothing_acts(other):
     batch = ControlBatch([[late], []], [0, 0, 1], [4, 4])
     latents, timesteps, rows = batch_of("sd15", [77, 77, 77])
     with torch.inference_mode():
-        assert batch.residuals(latents, timesteps, rows, [1, 3]) is None
-        assert batch.residuals(latents, timesteps, rows, [2, 3]) is not None
-    assert ControlBatch([[], []], [0, 1], [4, 4]).residuals(latents, timesteps, rows, [0, 0]) is None
+        assert batch.residuals(latents, timesteps, rows, [1, 3], SHARE) is None
+        assert batch.residuals(latents, timesteps, rows, [2, 3], SHARE) is not None
+    assert ControlBatch([[], []], [0, 1], [4, 4]).residuals(latents, timesteps, rows, [0, 0], SHARE) is None
 
 
 def test_a_hint_is_read_once_and_plans_are_kept(other, monkeypatch):
@@ -241,7 +243,7 @@ def test_a_hint_is_read_once_and_plans_are_kept(other, monkeypatch):
     latents, timesteps, rows = batch_of("sd15", [77, 77])
     with torch.inference_mode():
         for position in range(4):
-            batch.residuals(latents, timesteps, rows, [position])
+            batch.residuals(latents, timesteps, rows, [position], SHARE)
     assert len(reads) == 1
 
 
@@ -268,7 +270,7 @@ def residuals_of(net: ControlNet, model: str = "sd15") -> torch.Tensor:
     latents, timesteps, rows = batch_of(model, [77])
     with torch.inference_mode():
         batch = ControlBatch([[Control(net=net, hint=torch.ones(3, 128, 128))]], [0], [1])
-        return batch.residuals(latents, timesteps, rows, [0])[1]
+        return batch.residuals(latents, timesteps, rows, [0], SHARE)[1]
 
 
 @pytest.mark.parametrize("model", MODELS)
