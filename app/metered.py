@@ -22,10 +22,14 @@ class Metered:
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         caller = current.get()
         with self._budgets.slot(caller):
-            await self._budgets.charge(caller, "pixel_steps_per_minute", request.pixel_steps)
+            await self.charge(request)
             async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
                 async for event in events:
                     yield event
+
+    async def charge(self, request: EffectiveRequest) -> None:
+        """Takes what a request costs from the current caller's budget. Raises BudgetSpent, InvalidRequest."""
+        await self._budgets.charge(current.get(), "pixel_steps_per_minute", request.pixel_steps)
 
     async def end(self, ending: Ending, id: str) -> bool:
         return await self._router.end(ending, _own(current.get(), id))

@@ -5,8 +5,7 @@ What is stored is packed anew: no byte of an upload is kept.
 
 import asyncio
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,27 +19,24 @@ from models.images import Picture
 FOLDER = "inputs"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A request's pictures in the store: the folder that is theirs, None where there are none; the keys by field."""
-
-    folder: str | None
-    keys: Mapping[str, str]
+def new_folder() -> str:
+    """A name for the pictures of one request."""
+    return uuid.uuid4().hex
 
 
-async def keep(store: Store, pictures: Mapping[str, Picture]) -> Kept:
-    """Stores a request's pictures, by field, without loss. Raises what the store raises."""
-    packed = {field: await asyncio.to_thread(png.write, picture.array()) for field, picture in pictures.items()}
-    return await keep_packed(store, packed)
+async def keep(store: Store, folder: str, pictures: Iterable[Picture]) -> dict[Picture, str]:
+    """Stores pictures without loss, and tells the key of each. Raises what the store raises."""
+    distinct = list(dict.fromkeys(pictures))
+    keys = await keep_packed(store, folder, [await asyncio.to_thread(png.write, p.array()) for p in distinct])
+    return dict(zip(distinct, keys, strict=True))
 
 
-async def keep_packed(store: Store, packed: Mapping[str, bytes]) -> Kept:
+async def keep_packed(store: Store, folder: str, pngs: Sequence[bytes]) -> list[str]:
     """The same for pictures that are PNG already."""
-    folder = uuid.uuid4().hex
-    keys = {field: f"{FOLDER}/{folder}/{i}" for i, field in enumerate(packed)}
-    for field, data in packed.items():
-        await store.put(keys[field], data, "image/png")
-    return Kept(folder if keys else None, keys)
+    keys = [f"{FOLDER}/{folder}/{i}" for i in range(len(pngs))]
+    for key, data in zip(keys, pngs, strict=True):
+        await store.put(key, data, "image/png")
+    return keys
 
 
 async def load(store: Store, request: Mapping[str, Any]) -> dict[str, Picture]:
@@ -51,12 +47,12 @@ async def load(store: Store, request: Mapping[str, Any]) -> dict[str, Picture]:
     return found
 
 
-def repacked(encoded: bytes, field: str) -> tuple[Picture, bytes]:
-    """A picture that somebody sent as a PNG, upright, in sRGB, with its transparency; and its size without pixels.
+def repacked(encoded: bytes, field: str) -> bytes:
+    """A picture that somebody sent as a PNG: upright, in sRGB, with its transparency.
 
     Raises InvalidRequest naming the field.
     """
     with decoded(encoded, field) as (colour, alpha):
         if alpha is not None:
             colour.putalpha(alpha)
-        return Picture(width=colour.width, height=colour.height, data=b""), png.write(np.asarray(colour))
+        return png.write(np.asarray(colour))

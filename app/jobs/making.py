@@ -12,6 +12,7 @@ from app.jobs import canonical, inputs, outputs
 from app.jobs.attempt import Attempt
 from app.jobs.job import JobProgress
 from app.jobs.store import JobStore
+from app.keys.caller import Caller, Limits, current
 from app.stores.store import Store
 from models.errors import GenerationFailed, Overloaded, Unavailable
 from models.events import Finished, Progress
@@ -59,6 +60,8 @@ class Maker:
 
         Raises Stale, and the errors of models/errors.py.
         """
+        owner = attempt.job.owner
+        current.set(Caller(id=owner, name=owner, scopes=frozenset(), limits=Limits()))  # of this task alone
         made = self._enlarged if attempt.job.kind == canonical.UPSCALE else self._drawn
         until = time.monotonic() + PATIENCE_S
         while True:
@@ -87,16 +90,17 @@ class Maker:
     async def _request(self, attempt: Attempt) -> EffectiveRequest:
         """With its pictures, and with the time that is left of its deadline."""
         values = attempt.job.request["request"]
-        request = canonical.from_json(values, await inputs.load(self._pictures, values))
+        pictures = await inputs.load(self._pictures, values)
+        request = canonical.from_json(values, pictures.__getitem__)
         left_s = attempt.left_s
         if left_s is not None and left_s <= 0:
             raise GenerationFailed("deadline", "the pictures were not finished in time")
         return replace(request, deadline_s=None if left_s is None else max(DEADLINE_S.low, left_s), preview_every=0)
 
     async def _enlarged(self, attempt: Attempt) -> Mapping[str, Any]:
-        began, values = time.monotonic(), attempt.job.request["request"]
-        request = canonical.upscale_from_json(values)
-        picture = await self._pictures.get(values["image"]["key"])
+        began = time.monotonic()
+        request = canonical.upscale_from_json(attempt.job.request["request"])
+        picture = await self._pictures.get(request.key)
         upscaled = await self._enlarge(picture, request.upscale, request.output_format)
         await self._tell(attempt, lambda: outputs.keep_upscaled(self._pictures, *_place(attempt), upscaled))
         return {"created": int(time.time()), "total_s": time.monotonic() - began}

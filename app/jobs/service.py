@@ -12,6 +12,7 @@ from app.jobs.states import TERMINAL, State
 from app.jobs.store import JobStore
 from app.keys.caller import current
 from app.stores.store import Store
+from models import document
 from models.errors import NotFound
 from models.events import Finished
 from models.images import ImageFormat
@@ -26,6 +27,7 @@ _PRIORITIES = {"interactive": 0, "batch": -1}
 
 Response = Literal["url", "base64"]
 Charge = Callable[[EffectiveRequest], Awaitable[object]]
+CheckAddress = Callable[[str, str], object]  # an address and the field that gave it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,14 @@ class Estimate:
 
 
 class Jobs:
-    """Jobs and their pictures. `charge` takes what a request costs from its caller's budget, or refuses."""
+    """Jobs and their pictures.
 
-    def __init__(self, jobs: JobStore, pictures: Store, charge: Charge):
-        self._jobs, self._pictures, self._charge = jobs, pictures, charge
+    `charge` takes what a request costs from its caller's budget, `check_address` looks at where a webhook is to go;
+    both may refuse.
+    """
+
+    def __init__(self, jobs: JobStore, pictures: Store, charge: Charge, check_address: CheckAddress):
+        self._jobs, self._pictures, self._charge, self._check_address = jobs, pictures, charge, check_address
         self._paces: dict[str, tuple[float, float | None]] = {}  # by model: when it was measured, and what came of it
 
     async def earlier(self, idempotency: Idempotency) -> Submission | None:
@@ -58,15 +64,17 @@ class Jobs:
 
     async def submit(self, kind: str, request: EffectiveRequest, delivery: Delivery) -> Submission:
         """Accepts a request to draw. Raises Overloaded, InvalidRequest, Unavailable."""
+        self._check(delivery)
         await self._charge(request)
-        kept = await inputs.keep(self._pictures, canonical.pictures_of(request))
+        folder = inputs.new_folder()
+        keys = await inputs.keep(self._pictures, folder, document.pictures(request))
         pace = await self._pace(request.model)
         new = NewJob(
             owner=current.get().id,
             model=request.model,
             kind=kind,
-            request={"response": delivery.response, "request": canonical.to_json(request, kept.keys)},
-            inputs=kept.folder,
+            request={"response": delivery.response, "request": canonical.to_json(request, keys)},
+            inputs=folder if keys else None,
             priority=_PRIORITIES[request.priority],
             deadline_s=request.deadline_s,
             work=0.0 if pace is None else pace * request.pixel_steps,
@@ -76,15 +84,16 @@ class Jobs:
 
     async def submit_upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery) -> Submission:
         """Accepts a picture to enlarge. Raises the same."""
-        size, packed = await asyncio.to_thread(inputs.repacked, picture, "image")
-        kept = await inputs.keep_packed(self._pictures, {"image": packed})
-        request = canonical.UpscaleRequest(image=size, upscale=wanted, output_format=format)
+        self._check(delivery)
+        folder, packed = inputs.new_folder(), await asyncio.to_thread(inputs.repacked, picture, "image")
+        [key] = await inputs.keep_packed(self._pictures, folder, [packed])
+        request = canonical.UpscaleRequest(key=key, upscale=wanted, output_format=format)
         new = NewJob(
             owner=current.get().id,
             model=UPSCALER,
             kind=canonical.UPSCALE,
-            request={"response": delivery.response, "request": canonical.to_json(request, kept.keys)},
-            inputs=kept.folder,
+            request={"response": delivery.response, "request": canonical.upscale_to_json(request)},
+            inputs=folder,
             work=0.0,
             webhook=delivery.webhook,
         )
@@ -156,6 +165,10 @@ class Jobs:
     async def pictures(self, job: Job) -> tuple[Finished, ...]:
         """All that a job has drawn so far, with its bytes. Raises NotFound."""
         return tuple([outputs.finished(output, await self.data(output["key"])) for output in job.outputs])
+
+    def _check(self, delivery: Delivery) -> None:
+        if delivery.webhook is not None:
+            self._check_address(delivery.webhook.url, "webhook_url")
 
     async def _pace(self, model: str) -> float | None:
         """Seconds per pixel-step, by the model's last jobs: the time in which it worked at any, over what they had."""
