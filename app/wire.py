@@ -111,8 +111,8 @@ async def written(size: int, write: Callable[[], Written]) -> Written:
     return write() if size <= LARGE_BYTES else await asyncio.to_thread(write)
 
 
-def json_response(values: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(values), media_type="application/json", headers=dict(headers or {}))
+def json_response(values: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    return Response(orjson.dumps(values), status, media_type="application/json", headers=dict(headers or {}))
 
 
 def choose_media_type(accept: str, offered: tuple[str, ...]) -> str:
