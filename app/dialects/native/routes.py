@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
 from app.auth import scope
-from app.dialects.native import answers, forms, jobs, requests, submission, upscale
+from app.dialects.native import answers, forms, job_form, jobs, requests, submission, upscale
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.jobs.job import Job, Submission
@@ -113,7 +113,7 @@ async def _draw(
             return await service.submit(kind, await _wanted(service, body, to_request, media_type), delivery)
 
         async def at_once(job: Job) -> Response:
-            return await _answer(jobs.generation(job, await service.jobs.pictures(job)), media_type)
+            return await _answer(job_form.generation(job, await service.jobs.pictures(job)), media_type)
 
         return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
     wanted = await wire.unless_disconnected(request, _wanted(service, body, to_request, media_type))

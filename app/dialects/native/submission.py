@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from app import wire
-from app.dialects.native import jobs as forms
+from app.dialects.native import job_form
 from app.dialects.native.bodies import Delivered
 from app.errors import InFlight
 from app.jobs.failures import ended_by
@@ -89,12 +89,12 @@ async def answer(
 async def accepted(request: Request, jobs: Jobs, found: Submission) -> Response:
     """202 with the job; 200 where it was finished within the time that Prefer gives it."""
     job, wait_s = found.job, preferred_wait(request)
-    headers = {"location": forms.path(job.id), **_replayed(found)}
+    headers = {"location": job_form.path(job.id), **_replayed(found)}
     if wait_s is not None:
         job = await wire.unless_disconnected(request, jobs.wait(job.id, wait_s))
         headers["preference-applied"] = f"wait={wait_s}"
     status = 200 if wait_s is not None and job.finished else 202
-    return wire.json_response(await forms.form(jobs, job), headers, status)
+    return wire.json_response(await job_form.form(jobs, job), headers, status)
 
 
 def preferred_wait(request: Request) -> int | None:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app import links, wire
-from app.dialects.native import forms, jobs, requests, submission
+from app.dialects.native import forms, job_form, requests, submission
 from app.dialects.native.bodies import Delivered, Encoded, OutputFormat, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
 from app.events import Upscaled
@@ -75,7 +75,7 @@ async def _kept(service: Service, job: Job, media_type: str) -> Response:
         return _bytes(upscaled)
     image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
     encoded = await wire.written(len(upscaled.data), lambda: wire.encode_base64(upscaled.data))
-    return wire.json_response(jobs.upscaling(job, [image | {"base64": encoded}]))
+    return wire.json_response(job_form.upscaling(job, [image | {"base64": encoded}]))
 
 
 def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
