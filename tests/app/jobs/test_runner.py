@@ -15,9 +15,9 @@ import pytest
 from app.database import Database
 from app.errors import ReplicaDied
 from app.job_runner import drawing
-from app.jobs import canonical, inputs, runner
+from app.jobs import canonical, inputs
 from app.jobs.job import Job, NewJob, Webhook
-from app.jobs.making import Maker
+from app.jobs.making import Maker, Patience
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.states import State
@@ -32,7 +32,8 @@ from models.parts import Upscale
 from models.request import GenerationRequest
 from tests.app.conftest import CARDS, MemoryRouter
 
-PACE = Pace(lease_s=1.0, beat_s=0.05, look_s=0.02, reap_s=0.05)
+PACE = Pace(lease_s=1.0, beat_s=0.05, look_s=0.02, reap_s=0.05, backoff_s=(0.05, 0.05))
+PATIENCE = Patience(store_s=(0.05, 0.05, 0.05), busy_s=(0.05, 0.05))
 DRAW = GenerationRequest(model="sd15", prompt="a red circle", seed=3, steps=2)
 
 
@@ -43,7 +44,7 @@ def pictures(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def make(store: JobStore, pictures: Folder, service: Service) -> Maker:
-    return Maker(store, pictures, drawing(service), service.upscale)
+    return Maker(store, pictures, drawing(service), service.upscale, PATIENCE)
 
 
 @asynccontextmanager
@@ -227,9 +228,8 @@ async def test_a_replica_that_dies_under_a_job_counts_as_its_death_and_the_secon
 
 
 async def test_a_model_that_does_not_run_is_no_death_of_the_jobs(
-    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
 ):
-    monkeypatch.setattr(runner, "BACKOFF_S", (0.05, 0.05))
     router.refusal = GenerationFailed("replica_lost", "model sd15 does not run at the moment")
     async with running(store, make):
         job = await submit(store, pictures)
@@ -238,9 +238,8 @@ async def test_a_model_that_does_not_run_is_no_death_of_the_jobs(
 
 
 async def test_an_error_that_mends_itself_costs_an_attempt(
-    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
 ):
-    monkeypatch.setattr(runner, "BACKOFF_S", (0.05, 0.05))
     router.failure = GenerationFailed("engine_fault", "the engine stumbled")
     async with running(store, make):
         job = await submit(store, pictures)
@@ -280,9 +279,8 @@ async def test_a_mistake_of_ours_fails_the_job_and_the_runner_lives(store: JobSt
 
 
 async def test_a_busy_model_is_waited_for(
-    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
 ):
-    monkeypatch.setattr("app.jobs.making.BUSY_S", (0.05, 0.05))
     router.refusal = Overloaded(1.0)
     async with running(store, make):
         job = await submit(store, pictures)
@@ -359,7 +357,7 @@ async def test_while_the_database_is_away_drawing_goes_on_and_the_result_is_writ
 ):
     store = Away(database)
     router.gate.clear()
-    async with running(store, Maker(store, pictures, drawing(service), service.upscale)):
+    async with running(store, Maker(store, pictures, drawing(service), service.upscale, PATIENCE)):
         job = await submit(store, pictures)
         await until(lambda: asyncio.sleep(0, router.running), bool)
         store.away = True
@@ -372,9 +370,8 @@ async def test_while_the_database_is_away_drawing_goes_on_and_the_result_is_writ
 
 
 async def test_a_full_store_is_asked_again_and_nothing_is_drawn_anew(
-    store: JobStore, pictures: Folder, service: Service, router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, pictures: Folder, service: Service, router: MemoryRouter
 ):
-    monkeypatch.setattr("app.jobs.making.PAUSES_S", (0.05, 0.05, 0.05))
     refusals = [StorageFull(), StorageFull()]
 
     class Full:
@@ -385,7 +382,7 @@ async def test_a_full_store_is_asked_again_and_nothing_is_drawn_anew(
 
         get, head = pictures.get, pictures.head
 
-    make = Maker(store, Full(), drawing(service), service.upscale)  # pyright: ignore[reportArgumentType]
+    make = Maker(store, Full(), drawing(service), service.upscale, PATIENCE)  # pyright: ignore[reportArgumentType]
     async with running(store, make):
         done = await ended(store, await submit(store, pictures))
     assert (done.state, done.attempt, len(router.requests)) == (State.SUCCEEDED, 1, 1)
