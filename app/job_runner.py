@@ -24,7 +24,7 @@ from app.webhooks.deliverer import Deliverer
 from models.events import Finished, Progress
 from models.request import EffectiveRequest
 
-CLOSE_S = 20.0  # for handing jobs back, and for the webhooks under way
+CLOSE_S = 25.0  # for handing jobs back, and for the webhooks under way
 _DAY_S = 24 * 3600.0
 
 
