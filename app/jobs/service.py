@@ -82,7 +82,9 @@ class Jobs:
         )
         return await self._jobs.submit(new, delivery.idempotency)
 
-    async def submit_upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery) -> Submission:
+    async def submit_upscale(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery
+    ) -> Submission:
         """Accepts a picture to enlarge. Raises the same."""
         self._check(delivery)
         folder, packed = inputs.new_folder(), await asyncio.to_thread(inputs.repacked, picture, "image")

@@ -61,7 +61,10 @@ def test_a_job_is_drawn_like_a_request_and_its_events_are_taken_up(server: Serve
     assert submit(address, DRAW, idempotency_key="first")["job_id"] == made["job_id"]
     done = job(address, made["job_id"], wait_s=60)
     same = httpx2.post(
-        f"{address}/v1/generate", json={"prompt": DRAW["prompt"], "seed": 7}, headers={"accept": "image/png"}, timeout=60
+        f"{address}/v1/generate",
+        json={"prompt": DRAW["prompt"], "seed": 7},
+        headers={"accept": "image/png"},
+        timeout=60,
     )
     assert picture(address, done) == same.content
     assert done["result"]["parameters"]["seed"] == 7
