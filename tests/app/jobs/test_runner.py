@@ -332,6 +332,14 @@ async def test_two_runners_share_the_work_and_nothing_is_made_twice(
     assert sorted(request.seed for request in router.requests) == list(range(20))
 
 
+async def test_a_picture_told_twice_is_one(store: JobStore, pictures: Folder):
+    await submit(store, pictures)
+    [claim] = await store.claim("runner-1", ["sd15"], 1, 30.0)
+    for _ in range(2):
+        await store.output(claim, {"index": 0, "key": "results/a/1-0"})
+    assert len((await store.get(claim.id, None)).outputs) == 1
+
+
 class Away(JobStore):
     """A database that goes away when it is told so."""
 
