@@ -53,9 +53,10 @@ async def heartbeat(
 
 
 async def output(connection: AsyncConnection, claim: Claim, output: Any, payload: Payload) -> Job:
-    """One picture more."""
+    """One picture more, unless it was told before and the answer was lost on the way."""
     journal = await Journal.open(connection, payload)
-    return await journal.output(await _held(journal, claim), output)
+    row = await _held(journal, claim)
+    return job_of(row) if output in row.outputs else await journal.output(row, output)
 
 
 async def succeed(connection: AsyncConnection, claim: Claim, result: Mapping[str, Any], payload: Payload) -> Job:
@@ -92,6 +93,17 @@ async def release(connection: AsyncConnection, claim: Claim, payload: Payload) -
     if (done := await _already(journal, claim, State.QUEUED)) is not None:
         return done
     return await _back(journal, await _held(journal, claim), "released", None)
+
+
+async def expire(connection: AsyncConnection, claim: Claim, payload: Payload) -> Job:
+    """What should stop anyway has thereby stopped."""
+    journal = await Journal.open(connection, payload)
+    if (done := await _already(journal, claim, State.EXPIRED)) is not None:
+        return done
+    row = await _held(journal, claim)
+    if row.state == State.CANCELLING:
+        return await journal.move(row, State.CANCELLED, "cancelled")
+    return await journal.move(row, State.EXPIRED, "deadline")
 
 
 async def cancelled(connection: AsyncConnection, claim: Claim, payload: Payload) -> Job:

@@ -1,0 +1,55 @@
+"""What a request to draw is answered: at once, as a stream of events, or with a job that will draw."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from app import wire
+from app.dialects.native import answers, job_form, submission
+from app.dialects.native.bodies import Delivered
+from app.dialects.native.schemas import EVENTS
+from app.jobs.job import Job, Submission
+from app.jobs.service import Delivery
+from app.service import Service
+from models.request import GenerationRequest
+
+Wanted = Callable[[], Awaitable[GenerationRequest]]
+
+
+async def answer(
+    request: Request, service: Service, body: Delivered, kind: str, media_type: str, wanted: Wanted
+) -> Response:
+    """What a body asks for, in the form that `async` and the media type ask for.
+
+    `wanted` reads the request out of the body: not for one whose job is there already, by its idempotency key.
+    """
+    delivery = submission.delivery(request, body, media_type)
+    if delivery is not None:
+        submit = partial(_submit, service, kind, wanted)
+        at_once = partial(_kept, service, media_type)
+        return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+    drawing = await wire.unless_disconnected(request, _awaited(wanted()))
+    if media_type == EVENTS:
+        return await wire.unless_disconnected(request, _stream(service, drawing))
+    return await answers.response(await wire.unless_disconnected(request, service.generate(drawing)), media_type)
+
+
+async def _submit(service: Service, kind: str, wanted: Wanted, delivery: Delivery) -> Submission:
+    return await service.submit(kind, await wanted(), delivery)
+
+
+async def _kept(service: Service, media_type: str, job: Job) -> Response:
+    """The answer of a job that drew, as it would have been at once."""
+    return await answers.response(job_form.generation(job, await service.jobs.pictures(job)), media_type)
+
+
+async def _stream(service: Service, wanted: GenerationRequest) -> Response:
+    """Waits until a replica has taken the request on, so that a refusal is a status and not an event."""
+    events = service.stream(wanted)
+    return wire.EventStream(answers.from_events(await anext(events), events))
+
+
+async def _awaited(request: Awaitable[GenerationRequest]) -> GenerationRequest:
+    return await request
