@@ -13,6 +13,7 @@ from rich.console import Console
 from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
+from app.webhooks.cli import webhooks_app
 from models.errors import HeliographError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ models_app = typer.Typer(no_args_is_help=True, help="What the models are and wha
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(webhooks_app, name="webhooks")
 console = Console(stderr=True)
 
 ADDRESS = "http://127.0.0.1:8000"

@@ -110,6 +110,20 @@ class Database:
         await self._reader.dispose()
 
 
+def perform(url: str, work: Callable[[Database], Awaitable[T]]) -> T:
+    """For commands: what `work` returns of a database, which is brought up to date before and closed after."""
+
+    async def performing() -> T:
+        database = Database(url)
+        try:
+            await database.migrate()
+            return await work(database)
+        finally:
+            await database.close()
+
+    return asyncio.run(performing())
+
+
 async def clock(connection: AsyncConnection) -> float:
     """The database's time in seconds since 1970: what leases and deadlines of all processes are compared with."""
     return float(await connection.scalar(_CLOCKS[connection.dialect.name]))

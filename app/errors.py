@@ -25,6 +25,10 @@ class BodyTooLarge(InvalidRequest):
     """The body is too large."""
 
 
+class BodyTooSlow(InvalidRequest):
+    """The body did not arrive in time."""
+
+
 class NotAcceptable(InvalidRequest):
     """None of the media types in `Accept` can be given."""
 
@@ -76,6 +80,7 @@ class BudgetSpent(Overloaded):
 _STATUS: tuple[tuple[type[HeliographError], int, str], ...] = (
     (MalformedBody, 400, "malformed_body"),
     (BodyTooLarge, 413, "body_too_large"),
+    (BodyTooSlow, 408, "body_too_slow"),
     (NotAcceptable, 406, "not_acceptable"),
     (RangeNotSatisfiable, 416, "range_not_satisfiable"),
     (InvalidRequest, 422, "invalid_request"),

@@ -19,8 +19,10 @@ from app import dialects, stores
 from app.adapters import Shelf
 from app.auth import PUBLIC, Guard, RateLimitHeaders, scope
 from app.database import Database
-from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
+from app.dialects.native import payload
+from app.errors import BodyTooLarge, BodyTooSlow, envelope, headers_of, http_envelope, status_of
 from app.fetch import Fetcher
+from app.jobs.outbox import Outbox
 from app.jobs.service import Jobs
 from app.jobs.store import Bounds, JobStore
 from app.keys import registry
@@ -35,6 +37,7 @@ from models.errors import HeliographError
 from models.request import warm_up_request
 
 WARM_UP_PAUSE_S = 1.0
+BODY_S = 120.0  # for a request's body to arrive: what is allowed at most takes 2.3 Mbit/s
 
 DESCRIPTION = """Stable Diffusion served on Ray Serve.
 
@@ -54,12 +57,12 @@ class Gateway:
         self._database = Database(settings.database)
         self._migrated = False
         router, fetcher = Metered(Router(settings.request_timeout_s), self._budgets), Fetcher(settings.fetch)
-        jobs = None
+        jobs = outbox = None
         if settings.jobs is not None and settings.store is not None:
             bounds = Bounds(settings.jobs.max_waiting, settings.jobs.max_waiting_per_caller)
-            kept = JobStore(self._database, bounds)
+            kept, outbox = JobStore(self._database, bounds, payload), Outbox(self._database)
             jobs = Jobs(kept, _opened(settings.store, settings), router.charge, fetcher.address)
-        self._service = Service(router, fetcher if settings.fetch.pictures else None, jobs)
+        self._service = Service(router, fetcher if settings.fetch.pictures else None, jobs, outbox)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -121,10 +124,11 @@ def build(
     settings: GatewaySettings,
     unready_reason: Callable[[], Awaitable[str | None]],
     guard: Guard | None = None,
+    body_s: float = BODY_S,
 ) -> FastAPI:
     """The application: the configured dialects, health, errors, and the limits every request has to pass.
 
-    `guard` may be left out where there are no keys.
+    `guard` may be left out where there are no keys. A body has `body_s` seconds to arrive.
     """
     guarded = [Depends(guard or Guard(settings.auth))]
     app = FastAPI(title="Heliograph", description=DESCRIPTION, version="1", redoc_url=None, dependencies=guarded)
@@ -137,7 +141,7 @@ def build(
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
     app.add_middleware(RateLimitHeaders)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_s=body_s)
     return app
 
 
@@ -181,11 +185,14 @@ async def _answer_fault(_: Request, __: Exception) -> JSONResponse:
 
 
 class BodyLimit:
-    """Answers 413 to a body beyond the limit: by its declared length before anything is read, else while reading."""
+    """Answers 413 to a body beyond the limit: by its declared length before anything is read, else while reading.
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    And 408 to one that does not arrive in time: who sends a byte now and then would keep a place for ever.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float):
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_bytes, self._max_s = max_bytes, max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -196,14 +203,20 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self._max_bytes:
             await JSONResponse(envelope(error), status_of(error))(scope, receive, send)
             return
-        seen = 0
+        seen, deadline = 0, asyncio.get_running_loop().time() + self._max_s
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow("body", f"must arrive within {self._max_s:.0f} s") from None
             seen += len(message.get("body", b""))
             if seen > self._max_bytes:
                 raise error
+            if not message.get("more_body"):  # what comes next tells that the client has gone
+                deadline = None
             return message
 
         await self._app(scope, limited, send)

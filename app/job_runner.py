@@ -11,6 +11,7 @@ from typing import Any
 
 from app import stores
 from app.database import Database
+from app.dialects.native import payload
 from app.fetch import Fetcher
 from app.jobs.making import Draw, DrawEvent, Drawn, Maker
 from app.jobs.outbox import Outbox
@@ -37,7 +38,7 @@ class JobRunner:
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
         self._service = Service(Router(settings.request_timeout_s, attempts=1))
         self._database = Database(settings.database)
-        jobs = JobStore(self._database)
+        jobs = JobStore(self._database, payload=payload)
         pictures = stores.opened(settings.store, derive(read_or_make(Path(settings.secret_file)), "pictures"))
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.jobs.job import Submission
+from app.jobs.outbox import Outbox
 from app.jobs.service import Delivery, Jobs
 from models.card import ModelCard
 from models.errors import GenerationFailed, InvalidRequest, NotFound
@@ -114,10 +115,12 @@ class AdapterDescription:
 class Service:
     """The models by name and the way to their replicas."""
 
-    def __init__(self, router: Router, fetcher: Fetcher | None = None, jobs: Jobs | None = None):
+    def __init__(
+        self, router: Router, fetcher: Fetcher | None = None, jobs: Jobs | None = None, outbox: Outbox | None = None
+    ):
         self._router = router
         self._fetcher = fetcher
-        self._jobs = jobs
+        self._jobs, self._outbox = jobs, outbox
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
@@ -204,6 +207,13 @@ class Service:
         if self._jobs is None:
             raise NotFound("this server keeps no jobs; its operator can give the gateway a `store` and `jobs`")
         return self._jobs
+
+    @property
+    def outbox(self) -> Outbox:
+        """The jobs' webhooks. Raises NotFound where this server keeps no jobs."""
+        if self._outbox is None:
+            raise NotFound("this server keeps no jobs, and sends no webhooks")
+        return self._outbox
 
     async def submit(self, kind: str, request: GenerationRequest, delivery: Delivery) -> Submission:
         """Accepts a job that draws. Raises what `resolve` raises, Overloaded and Unavailable."""

@@ -144,7 +144,7 @@ def _body(payload: Mapping[str, Any], job: Job, event: WebhookEvent) -> bytes:
     body = orjson.dumps(payload)
     if len(body) <= BODY_BYTES:
         return body
-    return orjson.dumps({"type": f"job.{event}", "job_id": job.id, "status": job.state, "shortened": True})
+    return orjson.dumps({"type": f"job.{event}", "job_id": job.id, "status": job.state, "truncated": ["data"]})
 
 
 def new_id(now: float, after: str | None = None) -> str:

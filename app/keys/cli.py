@@ -1,6 +1,5 @@
 """`heliograph keys`: API keys made, listed, rotated and revoked in the database of a configuration."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,21 +83,11 @@ def _about(key: "Key") -> str:
 def _run(config: Path, work: "Callable[[Keys], Awaitable[T]]") -> T:
     """Does the work on the keys of a configuration's database, whose schema is brought up to date before."""
     from app import deployment
-    from app.database import Database
+    from app.database import perform
     from app.keys import registry
 
     gateway = deployment.read(config)[0].gateway
-
-    async def working() -> T:
-        database = Database(gateway.database)
-        try:
-            keys = registry.opened(database, gateway.secret_file)
-            await database.migrate()
-            return await work(keys)
-        finally:
-            await database.close()
-
-    return asyncio.run(working())
+    return perform(gateway.database, lambda database: work(registry.opened(database, gateway.secret_file)))
 
 
 def _show(key: "Key", text: str) -> None:

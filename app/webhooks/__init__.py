@@ -1,1 +1,1 @@
-"""Webhooks: what is signed, what is to be delivered, and who delivers it."""
+"""Webhooks: what their bodies say, how they are signed, and who delivers them."""

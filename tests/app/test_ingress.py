@@ -6,6 +6,9 @@ import json
 import httpx2
 import pytest
 
+from app import ingress
+from app.service import Service
+from app.settings import GatewaySettings
 from models.errors import GenerationFailed, Overloaded
 from tests.app.conftest import MemoryRouter
 
@@ -168,3 +171,26 @@ async def test_the_documentation_shows_fields_and_ranges(client: httpx2.AsyncCli
     assert content["properties"]["steps"]["maximum"] == 150
     assert content["required"] == ["prompt"]
     assert (await client.get("/docs")).status_code == 200
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for(service: Service):
+    async def chunks():
+        for _ in range(10):
+            yield b" "
+            await asyncio.sleep(0.1)
+        yield OK.encode()
+
+    app = ingress.build(service, GatewaySettings(), lambda: asyncio.sleep(0, None), body_s=0.3)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.post("/v1/generate", content=chunks())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_too_slow")
+
+
+async def test_a_body_that_has_arrived_may_take_long_to_draw(service: Service, router: MemoryRouter):
+    app = ingress.build(service, GatewaySettings(), lambda: asyncio.sleep(0, None), body_s=0.1)
+    router.gate.clear()
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+        asking = asyncio.create_task(client.post("/v1/generate", content=OK.encode()))
+        await asyncio.sleep(0.4)
+        router.gate.set()
+        assert (await asking).status_code == 200

@@ -12,13 +12,16 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from standardwebhooks.webhooks import Webhook as Verifier
 
 from app import ingress, stores
 from app.auth import Guard
 from app.database import Database
+from app.dialects.native import payload
 from app.fetch import Fetcher
 from app.job_runner import drawing
 from app.jobs.making import Maker
+from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import Jobs
 from app.jobs.store import Bounds, JobStore
@@ -29,9 +32,11 @@ from app.metered import Metered
 from app.secret import derive, read_or_make
 from app.service import Service
 from app.settings import FetchSettings, FolderSettings, GatewaySettings, QueueSettings
+from app.webhooks.deliverer import Deliverer
 from models.errors import GenerationFailed
 from models.images import encode
 from tests.app.conftest import CARDS, UPSCALER, MemoryRouter
+from tests.app.loopback import always, serving, until
 
 PACE = Pace(beat_s=0.05, look_s=0.01, backoff_s=(0.01, 0.01))
 DRAW: dict[str, Any] = {"prompt": "a red circle", "steps": 2, "async": True}
@@ -41,10 +46,10 @@ PNG = encode(np.full((64, 64, 3), 9, np.uint8), "png")
 class House:
     """A gateway and a runner on one database."""
 
-    def __init__(self, folder: Path, router: MemoryRouter, keyed: bool = False):
+    def __init__(self, folder: Path, router: MemoryRouter, keyed: bool = False, fetch: FetchSettings | None = None):
         self.folder = folder
         self.database = Database(f"sqlite:///{folder / 'jobs.db'}")
-        self.router, self.store = router, JobStore(self.database, Bounds(waiting=20, per_owner=10))
+        self.router, self.store = router, JobStore(self.database, Bounds(waiting=20, per_owner=10), payload)
         self.keys = Keys(self.database, b"p" * 32)
         kept = FolderSettings(path=str(folder / "pictures"))
         settings = GatewaySettings(
@@ -57,8 +62,10 @@ class House:
         pictures = stores.opened(kept, derive(read_or_make(folder / "secret"), "pictures"))
         budgets = Budgets()
         metered = Metered(router, budgets)
-        jobs = Jobs(self.store, pictures, metered.charge, Fetcher(FetchSettings()).address)
-        service, behind = Service(metered, None, jobs), Service(router)
+        fetcher, outbox = Fetcher(fetch or FetchSettings()), Outbox(self.database)
+        jobs = Jobs(self.store, pictures, metered.charge, fetcher.address)
+        self.deliverer = Deliverer(outbox, fetcher)
+        service, behind = Service(metered, None, jobs, outbox), Service(router)
         for one in (service, behind):
             one.offer(CARDS, "sd15", lambda: (), UPSCALER)
         guard = Guard("keys", self.keys, budgets) if keyed else None
@@ -75,8 +82,10 @@ class House:
         self.runner.offer(("sd15", "sdxl", "upscaler"))
 
 
-async def opened(folder: Path, router: MemoryRouter, keyed: bool = False) -> AsyncIterator[House]:
-    house = House(folder, router, keyed)
+async def opened(
+    folder: Path, router: MemoryRouter, keyed: bool = False, fetch: FetchSettings | None = None
+) -> AsyncIterator[House]:
+    house = House(folder, router, keyed, fetch)
     await house.database.migrate()
     task = asyncio.create_task(house.runner.run())
     yield house
@@ -444,3 +453,35 @@ async def test_a_server_that_keeps_no_jobs_says_so(router: MemoryRouter):
             await client.post("/v1/generate", json={"prompt": "x"}, headers={"idempotency-key": "a"}),
         ]
     assert [(answer.status_code, "keeps no jobs" in answer.text) for answer in answers] == [(404, True)] * 2
+
+
+@pytest.mark.parametrize("response", ["url", "base64"])
+async def test_a_webhook_tells_what_the_job_tells(tmp_path: Path, router: MemoryRouter, response: str):
+    """But for the pictures themselves, and that addresses in it are good for longer."""
+    async with serving(always()) as receiver:
+        fetch = FetchSettings(ports=(receiver.port,), allowed=("127.0.0.1",))
+        async for house in opened(tmp_path, router, fetch=fetch):
+            delivering = asyncio.create_task(house.deliverer.run())
+            house.work()
+            wanted = {"webhook_url": receiver.url(), "webhook_events": ["start", "completed"], "response": response}
+            async with house.client() as client:
+                secret = (await client.get("/v1/webhooks/secret")).json()["secret"]
+                id = (await client.post("/v1/generate", json=DRAW | wanted | {"samples": 2})).json()["job_id"]
+                job = await finished(client, id)
+                await until(lambda: len(receiver.requests) == 2)
+                told = [Verifier(secret).verify(request.body, request.headers) for request in receiver.requests]
+                end = next(body for body in told if body["type"] == "job.completed")
+                assert [(await client.get(image["url"])).status_code for image in end["images"]] == [200, 200]
+            house.deliverer.stop()
+            await delivering
+    assert {(body["type"], body["status"], body["job_id"]) for body in told} == {
+        ("job.start", "running", id),
+        ("job.completed", "succeeded", id),
+    }
+    assert not any(b"base64" in request.body for request in receiver.requests)
+    for value in (job, end["data"]):
+        for image in [*value["images"], *value["result"]["images"]]:
+            image.pop("url", None)
+            image.pop("base64", None)
+    assert end["data"] == job
+    assert "truncated" not in end

@@ -6,7 +6,8 @@ import json
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ import trustme
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from app.fetch import Fetcher
+from app.jobs.outbox import PER_ORIGIN, Delivery, Outbox
 from app.settings import FetchSettings
 from app.webhooks import signing
-from app.webhooks.deliverer import AT_ONCE, DELAYS_S, PER_ORIGIN, Deliverer, retry_in_s
+from app.webhooks.deliverer import AT_ONCE, ATTEMPTS, DELAYS_S, Deliverer, retry_in_s
 from models.errors import HeliographError, InvalidRequest
 from tests.app.loopback import Answer, Loopback, Request, always, never, response, serving, until
 
@@ -26,22 +28,11 @@ BODY = b'{"id":"job1","status":"succeeded"}'
 OLD, NEW = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Due:
-    """A Delivery."""
-
-    id: str
-    url: str
-    body: bytes
-    secrets: tuple[str, ...]
-    attempts: int
-
-
 @dataclass
-class MemoryOutbox:
+class MemoryOutbox(Outbox):
     """Deliveries in memory, leased as the database leases them; `away` makes it fail."""
 
-    pending: dict[str, Due] = field(default_factory=dict)
+    pending: dict[str, Delivery] = field(default_factory=dict)
     due: dict[str, float] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     dead: dict[str, tuple[int | None, str]] = field(default_factory=dict)
@@ -50,36 +41,43 @@ class MemoryOutbox:
     away: bool = False
 
     def add(self, url: str, id: str = "msg_1", secrets: tuple[str, ...] = (NEW,), attempts: int = 0) -> None:
-        self.pending[id] = Due(id=id, url=url, body=BODY, secrets=secrets, attempts=attempts)
+        whose = {"job_id": "job1", "owner": "ada", "event": "completed"}
+        self.pending[id] = Delivery(id=id, url=url, body=BODY, secrets=secrets, attempts=attempts, **whose)
         self.due[id] = 0.0
 
-    async def claim_due(self, limit: int, lease_s: float, busy: Collection[str]) -> Sequence[Due]:
+    async def claim_due(
+        self, limit: int, lease_s: float, under_way: Mapping[str, int] | None = None
+    ) -> tuple[Delivery, ...]:
         await self._answer()
-        now = time.monotonic()
-        free = [d for d in self.pending.values() if not any(d.url.startswith(f"{origin}/") for origin in busy)]
-        claimed = sorted((d for d in free if self.due[d.id] <= now), key=lambda d: self.due[d.id])[:limit]
+        now, taken, claimed = time.monotonic(), Counter(under_way), []
+        for delivery in sorted(self.pending.values(), key=lambda d: self.due[d.id]):
+            free = len(claimed) < limit and taken[delivery.origin] < PER_ORIGIN
+            if self.due[delivery.id] <= now and free:
+                taken[delivery.origin] += 1
+                claimed.append(replace(delivery, attempts=delivery.attempts + 1))
         self.due |= {delivery.id: now + lease_s for delivery in claimed}
-        self.pending |= {d.id: replace(d, attempts=d.attempts + 1) for d in claimed}
-        return [self.pending[delivery.id] for delivery in claimed]
+        self.pending |= {delivery.id: delivery for delivery in claimed}
+        return tuple(claimed)
 
-    async def delivered(self, id: str, status: int) -> None:
+    async def delivered(self, delivery: Delivery, status: int) -> None:
         await self._answer()
         assert status in range(200, 300)
-        self.taken.add(id)
-        del self.pending[id]
+        self.taken.add(delivery.id)
+        del self.pending[delivery.id]
 
-    async def failed(self, id: str, status: int | None, error: str, retry_in_s: float | None) -> None:
+    async def failed(self, delivery: Delivery, status: int | None, error: str, retry_in_s: float | None) -> None:
         await self._answer()
-        self.failures.append((id, status, error, retry_in_s))
+        self.failures.append((delivery.id, status, error, retry_in_s))
         if retry_in_s is None:
-            self.dead[id] = (status, error)
-            del self.pending[id]
+            self.dead[delivery.id] = (status, error)
+            del self.pending[delivery.id]
             return
-        self.due[id] = time.monotonic() + retry_in_s
+        self.due[delivery.id] = time.monotonic() + retry_in_s
 
-    async def disable(self, id: str) -> None:
+    async def disable(self, delivery: Delivery, status: int, error: str) -> None:
         await self._answer()
-        self.disabled.append(self.pending.pop(id).url)
+        assert (status, bool(error)) == (410, True)
+        self.disabled.append(self.pending.pop(delivery.id).url)
 
     async def _answer(self) -> None:
         await asyncio.sleep(0)
@@ -102,7 +100,7 @@ async def delivering(
         yield
     finally:
         deliverer.stop()
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 25)
 
 
 # Signing
@@ -400,8 +398,8 @@ async def test_slow_receivers_hold_up_nobody(slow: Answer):
         if slow is never:
             assert 0 < first.connections <= PER_ORIGIN
             assert 0 < second.connections <= PER_ORIGIN
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        deliverer.stop(drain_s=0.0)
+        await running
 
 
 async def test_no_more_than_so_many_attempts_at_once():
@@ -416,12 +414,72 @@ async def test_no_more_than_so_many_attempts_at_once():
     outbox, waiting = MemoryOutbox(), Waiting()
     for n in range(200):
         outbox.add(f"https://host{n % 100}.test/", f"msg_{n}")
-    running = asyncio.create_task(Deliverer(outbox, waiting).run())
+    deliverer = Deliverer(outbox, waiting)
+    running = asyncio.create_task(deliverer.run())
     await until(lambda: waiting.here == AT_ONCE)
     await asyncio.sleep(0.3)
     assert waiting.most == AT_ONCE
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    deliverer.stop(drain_s=0.0)
+    await running
+
+
+async def test_what_does_not_end_in_time_is_dropped_and_due_again_after_its_lease():
+    async with serving(never) as receiver:
+        outbox = MemoryOutbox()
+        outbox.add(receiver.url())
+        deliverer = Deliverer(outbox, Fetcher(FetchSettings(ports=(receiver.port,), allowed=("127.0.0.1",))))
+        running = asyncio.create_task(deliverer.run())
+        await until(lambda: receiver.requests)
+        started = time.monotonic()
+        deliverer.stop(drain_s=0.2)
+        await running
+        assert 0.2 <= time.monotonic() - started < 2
+    assert (set(outbox.pending), outbox.failures) == ({"msg_1"}, [])
+    assert outbox.due["msg_1"] > started
+
+
+async def test_a_process_that_stood_still_after_a_claim_leaves_it_to_the_next():
+    class Stalling(MemoryOutbox):
+        async def claim_due(self, *args, **options):
+            claimed = await super().claim_due(*args, **options)
+            if claimed and claimed[0].attempts == 1:
+                time.sleep(0.6)  # noqa: ASYNC251  (the whole process)
+            return claimed
+
+    async with serving(always()) as receiver:
+        outbox = Stalling()
+        outbox.add(receiver.url())
+        fetcher = Fetcher(FetchSettings(ports=(receiver.port,), allowed=("127.0.0.1",)))
+        deliverer = Deliverer(outbox, fetcher, timeout_s=0.5, lease_s=1.0)
+        running = asyncio.create_task(deliverer.run())
+        await asyncio.sleep(0.3)
+        assert not receiver.requests
+        await until(lambda: outbox.taken)
+        deliverer.stop()
+        await running
+    assert len(receiver.requests) == 1
+
+
+async def test_a_mistake_of_ours_ends_it_and_is_told():
+    class Mistaken:
+        async def post(self, url, headers, body, timeout_s):
+            raise ZeroDivisionError
+
+    outbox = MemoryOutbox()
+    outbox.add("https://example.com/")
+    with pytest.raises(ExceptionGroup) as told:
+        await Deliverer(outbox, Mistaken()).run()
+    assert told.group_contains(ZeroDivisionError)
+
+
+async def test_attempts_of_which_nothing_is_ever_told_come_to_an_end():
+    """A webhook that ends whatever process sends it is not sent for ever."""
+    async with serving(always()) as receiver:
+        outbox = MemoryOutbox()
+        outbox.add(receiver.url(), attempts=ATTEMPTS)
+        async with delivering(outbox, receiver):
+            await until(lambda: outbox.dead)
+    assert not receiver.requests
 
 
 async def test_it_stops_once_what_is_under_way_has_ended():

@@ -8,6 +8,7 @@ from app.dialects.native.answers import from_event, from_model, from_result, par
 from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, GenerateBody
 from app.dialects.native.requests import to_request
 from app.dialects.native.routes import routes
+from app.dialects.native.webhooks import payload
 
 __all__ = [
     "STREAM_PREVIEW_EVERY",
@@ -16,6 +17,7 @@ __all__ = [
     "from_model",
     "from_result",
     "parameters",
+    "payload",
     "routes",
     "to_request",
 ]

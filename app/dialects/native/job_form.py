@@ -30,6 +30,19 @@ async def form(jobs: Jobs, job: Job) -> dict[str, Any]:
 
 async def summary(jobs: Jobs, job: Job, estimate: Estimate) -> dict[str, Any]:
     """A job without its result."""
+    return _told(job, [await image(jobs, output) for output in job.outputs], estimate)
+
+
+def of_row(job: Job) -> dict[str, Any]:
+    """A job as its row alone tells it, for webhooks: pictures by the addresses that they had when they were stored."""
+    images = [_about(output) | {"url": output.get("url")} for output in job.outputs]
+    told = _told(job, images, Estimate(position=None, eta_s=None))
+    if job.state is State.SUCCEEDED:
+        told["result"] = _answered(job, images)
+    return told
+
+
+def _told(job: Job, images: list[dict[str, Any]], estimate: Estimate) -> dict[str, Any]:
     position = estimate.position
     return {
         "job_id": job.id,
@@ -43,7 +56,7 @@ async def summary(jobs: Jobs, job: Job, estimate: Estimate) -> dict[str, Any]:
         "progress": None if job.progress is None else asdict(job.progress),
         "position": None if position is None else {"ahead": position.ahead, "exact": position.exact},
         "eta_s": estimate.eta_s,
-        "images": [await image(jobs, output) for output in job.outputs],
+        "images": images,
         "result": None,
         "error": None if job.error is None else asdict(job.error),
         "urls": {"self": path(job.id), "events": f"{path(job.id)}/events", "cancel": f"{path(job.id)}/cancel"},
@@ -77,6 +90,10 @@ async def _result(jobs: Jobs, job: Job, images: list[dict[str, Any]]) -> dict[st
     if job.request["response"] == "base64":
         told = zip(images, job.outputs, strict=True)
         images = [_without_url(image) | {"base64": await _base64(jobs, output["key"])} for image, output in told]
+    return _answered(job, images)
+
+
+def _answered(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     images = sorted(images, key=lambda image: image["index"])
     if job.kind == canonical.UPSCALE:
         return upscaling(job, images)
@@ -94,4 +111,8 @@ def _without_url(image: dict[str, Any]) -> dict[str, Any]:
 
 async def image(jobs: Jobs, output: Any) -> dict[str, Any]:
     """A finished picture, by its address."""
-    return {name: output[name] for name in _OF_AN_IMAGE} | {"url": await jobs.address(output["key"])}
+    return _about(output) | {"url": await jobs.address(output["key"])}
+
+
+def _about(output: Any) -> dict[str, Any]:
+    return {name: output[name] for name in _OF_AN_IMAGE}

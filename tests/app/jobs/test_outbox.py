@@ -7,15 +7,16 @@ from typing import Any
 
 import orjson
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
 from app.database import Database
+from app.jobs.endpoints import LONGEST_OVERLAP_S, PER_OWNER, SECRETS, URL_CHARACTERS
 from app.jobs.job import Job, JobProgress, Stale, Webhook, WebhookEvent
 from app.jobs.journal import BODY_BYTES
-from app.jobs.outbox import SECRETS, SHARE, Delivery, Outbox
+from app.jobs.outbox import PER_ORIGIN, Delivery, Outbox
 from app.jobs.states import State
 from app.jobs.store import JobStore
-from app.jobs.tables import deliveries
+from app.jobs.tables import deliveries, endpoints
 from models.errors import InvalidRequest, NotFound
 from tests.app.jobs.making import ERROR, HOOK, LEASE_S, claim_one, pass_time, submit
 
@@ -118,8 +119,8 @@ async def test_a_delivery_is_given_to_one_until_its_lease_ends(
 async def test_what_is_delivered_is_not_sent_again(store: JobStore, outbox: Outbox, database: Database) -> None:
     await finish(store, Webhook(url="https://example.com/a"))
     (delivery,) = await due(outbox)
-    await outbox.delivered(delivery.id, 204)
-    await outbox.failed(delivery.id, 500, "too late to say so", 1.0)
+    await outbox.delivered(delivery, 204)
+    await outbox.failed(delivery, 500, "too late to say so", 1.0)
     await wait(database, 3600.0)
     assert await due(outbox) == []
     assert await outbox.dead(None) == ()
@@ -130,7 +131,7 @@ async def test_a_failed_delivery_is_due_again_when_it_was_said(
 ) -> None:
     await finish(store, Webhook(url="https://example.com/a"))
     (delivery,) = await due(outbox)
-    await outbox.failed(delivery.id, 503, "busy", 300.0)
+    await outbox.failed(delivery, 503, "busy", 300.0)
     await wait(database, 299.0)
     assert await due(outbox) == []
     await wait(database, 2.0)
@@ -140,7 +141,7 @@ async def test_a_failed_delivery_is_due_again_when_it_was_said(
 async def test_a_dead_letter_is_listed_and_replayed(store: JobStore, outbox: Outbox) -> None:
     job = await finish(store, Webhook(url="https://example.com/a"))
     (delivery,) = await due(outbox)
-    await outbox.failed(delivery.id, None, "no answer", None)
+    await outbox.failed(delivery, None, "no answer", None)
     assert await due(outbox) == []
     (letter,) = await outbox.dead("ada")
     assert (letter.id, letter.job_id, letter.status, letter.error) == (delivery.id, job.id, None, "no answer")
@@ -162,7 +163,7 @@ async def test_a_disabled_endpoint_gets_nothing_and_nothing_is_lost(store: JobSt
     for webhook in (gone, gone, other):
         await finish(store, webhook)
     first = next(delivery for delivery in await due(outbox) if delivery.url == gone.url)
-    await outbox.disable(first.id)
+    await outbox.disable(first, 410, "gone")
     await finish(store, gone)
     await finish(store, gone, "bob")
     assert [(delivery.owner, delivery.url) for delivery in await due(outbox)] == [("bob", gone.url)]
@@ -177,11 +178,11 @@ async def test_a_disabled_endpoint_gets_nothing_and_nothing_is_lost(store: JobSt
 
 
 async def test_a_receiver_with_many_deliveries_does_not_take_all_the_places(store: JobStore, outbox: Outbox) -> None:
-    for _ in range(SHARE + 3):
+    for _ in range(PER_ORIGIN + 3):
         await finish(store, Webhook(url="https://slow.example.com"))
     await finish(store, Webhook(url="https://quick.example.com"))
     urls = [delivery.url for delivery in await due(outbox)]
-    assert urls.count("https://slow.example.com") == SHARE
+    assert urls.count("https://slow.example.com") == PER_ORIGIN
     assert urls.count("https://quick.example.com") == 1
 
 
@@ -194,7 +195,7 @@ async def test_a_large_body_is_cut_down_to_what_leads_to_the_rest(database: Data
     (delivery,) = await due(outbox)
     assert len(delivery.body) < 1000
     told = orjson.loads(delivery.body)
-    assert told == {"type": "job.completed", "job_id": job.id, "status": "succeeded", "shortened": True}
+    assert told == {"type": "job.completed", "job_id": job.id, "status": "succeeded", "truncated": ["data"]}
 
 
 async def test_an_owners_secret_signs_all_until_an_endpoint_has_its_own(store: JobStore, outbox: Outbox) -> None:
@@ -227,6 +228,37 @@ async def test_only_so_many_secrets_are_valid_at_once(outbox: Outbox) -> None:
         await outbox.rotate("ada")
     with pytest.raises(InvalidRequest, match=f"{SECRETS} secrets"):
         await outbox.rotate("ada")
+
+
+@pytest.mark.parametrize("overlap_s", [-1.0, LONGEST_OVERLAP_S + 1, float("nan"), float("inf")])
+async def test_an_overlap_out_of_range_is_refused(outbox: Outbox, overlap_s: float) -> None:
+    with pytest.raises(InvalidRequest, match="from 0 to 2592000 seconds"):
+        await outbox.rotate("ada", overlap_s=overlap_s)
+
+
+@pytest.mark.parametrize("address", ["https://a/\0", "https://a/\n", "x" * (URL_CHARACTERS + 1)])
+async def test_what_no_database_keeps_is_no_address(outbox: Outbox, address: str) -> None:
+    for refused in (outbox.secret("ada", address), outbox.rotate("ada", address), outbox.enable("ada", address)):
+        with pytest.raises(InvalidRequest, match="printable"):
+            await refused
+
+
+async def test_an_owner_has_only_so_many_secrets_of_addresses(outbox: Outbox, database: Database) -> None:
+    rows = [{"owner": "ada", "url": f"https://example.com/{n}", "secrets": []} for n in range(PER_OWNER)]
+    await database.write(lambda c: c.execute(insert(endpoints), rows))
+    await outbox.rotate("ada", rows[0]["url"])
+    with pytest.raises(InvalidRequest, match=f"more than {PER_OWNER}"):
+        await outbox.rotate("ada", "https://example.com/another")
+    await outbox.rotate("bob", "https://example.com/another")
+
+
+@pytest.mark.parametrize("id", ["", "msg_1", "msg_\0", "x" * 100_000])
+async def test_what_is_no_id_is_no_dead_letter(outbox: Outbox, id: str) -> None:
+    with pytest.raises(NotFound):
+        await outbox.replay(id, "ada")
+    if id:
+        with pytest.raises(InvalidRequest, match="cursor"):
+            await outbox.dead("ada", id)
 
 
 async def test_secrets_needed_at_once_are_made_once(outbox: Outbox) -> None:
