@@ -12,6 +12,7 @@ from rich.console import Console
 
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
+from app.results.cli import store_app
 from models.errors import HeliographError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ app = typer.Typer(
 models_app = typer.Typer(no_args_is_help=True, help="What the models are and what each can do.")
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(store_app, name="store")
 console = Console(stderr=True)
 
 ADDRESS = "http://127.0.0.1:8000"

@@ -6,7 +6,6 @@
 import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -25,7 +24,7 @@ from app.keys import registry
 from app.keys.budgets import Budgets
 from app.metered import Metered
 from app.pictures import pictures
-from app.secret import derive, read_or_make
+from app.results import results
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
 from models.errors import HeliographError
@@ -49,19 +48,21 @@ class Gateway:
         self._settings = settings
         fetcher = Fetcher(settings.fetch) if settings.fetch.pictures else None
         self._budgets = Budgets()
-        self._service = Service(Metered(Router(settings.request_timeout_s), self._budgets), fetcher)
+        self._database = Database(settings.database)
+        router = Metered(Router(settings.request_timeout_s), self._budgets)
+        self._service = Service(router, fetcher, results.opened(settings, self._database))
         self._readiness = Readiness(self._service)
-        self._database = Database(settings.database) if settings.auth == "keys" else None
         self._migrated = False
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = registry.opened(self._database, self._settings.secret_file) if self._database else None
+        by_key = self._settings.auth == "keys"
+        keys = registry.opened(self._database, self._settings.secret_file) if by_key else None
         guard = Guard(self._settings.auth, keys, self._budgets)
         return build(self._service, self._settings, self._readiness.reason, guard)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
-        if self._database and not self._migrated:
+        if not self._migrated:
             await self._database.migrate()
             self._migrated = True
         catalogue = CatalogueSettings.model_validate(user_config)
@@ -101,7 +102,7 @@ class Readiness:
         while True:
             try:
                 card = self._service.card(self._service.default_model)
-                await self._service.generate(warm_up_request(card, steps=2))
+                await self._service.generate(warm_up_request(card, steps=2), cache=False)
                 return
             except HeliographError:  # the model still loads, or is full: there is nothing to do but ask again
                 await asyncio.sleep(WARM_UP_PAUSE_S)
@@ -122,7 +123,7 @@ def build(
     for name in settings.dialects:
         app.include_router(dialects.load(name).routes(service))
     if settings.store is not None:
-        secret = derive(read_or_make(Path(settings.secret_file)), "pictures")
+        secret = stores.signing_secret(settings.secret_file)
         app.include_router(pictures(stores.opened(settings.store, secret), secret))
     _add_health(app, unready_reason)
     app.add_exception_handler(HeliographError, answer_error)

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.keys.budgets import Budgets
 from app.keys.caller import ANONYMOUS, Caller, current
+from app.origin import Needs, Origin
 from app.service import Router
 from models.images import ImageFormat
 from models.parts import Upscale
@@ -26,6 +27,9 @@ class Metered:
             async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
                 async for event in events:
                     yield event
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None:
+        return await self._router.origin(model, needs)
 
     async def end(self, ending: Ending, id: str) -> bool:
         return await self._router.end(ending, _own(current.get(), id))

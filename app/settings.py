@@ -223,6 +223,7 @@ class GatewaySettings(Strict):
     database: str = "sqlite:///data/heliograph.db"
     secret_file: str = "data/secret"
     store: FolderSettings | S3Settings | None = Field(default=None, discriminator="kind")
+    keep_results_s: Positive = 7 * 24 * 3600.0  # receipts, stored pictures, and with them what the cache finds
 
 
 class CatalogueSettings(Strict):

@@ -96,6 +96,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = tmp_path_factory.mktemp("config") / "serve_config.yaml"
     # What ships, but for the measured cap: where others use the machine too, it may come out too low to share a step.
     shipped = (ROOT / "serve_config.yaml").read_text()
+    shipped = shipped.replace("data/", f"{config.parent}/data/")
     config.write_text(shipped.replace("&sd15\n", "&sd15\n      max_rows: 16\n"))
     command = [sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", str(port)]
     with log.open("w") as output:

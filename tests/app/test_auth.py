@@ -20,7 +20,8 @@ from app.keys.budgets import Budgets
 from app.keys.caller import ANONYMOUS, SCOPES, Caller, Limits, current
 from app.keys.registry import Keys
 from app.metered import Metered
-from app.service import Accepted, Service
+from app.drawing import Accepted
+from app.service import Service
 from app.settings import AuthMode, FolderSettings, GatewaySettings
 from models.errors import Cancelled, HeliographError, NotFound, Unavailable
 from models.request import GenerationRequest

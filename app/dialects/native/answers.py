@@ -1,6 +1,7 @@
 """What this API answers: pictures, events, models, samplers, adapters."""
 
-from collections.abc import AsyncGenerator
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
@@ -9,8 +10,10 @@ from typing import Any
 from fastapi.responses import Response
 
 from app import wire
+from app.drawing import Accepted, GenerationResult, StreamEvent
 from app.errors import envelope
-from app.service import Accepted, AdapterDescription, GenerationResult, ModelDescription, StreamEvent
+from app.replay import Replay
+from app.service import AdapterDescription, ModelDescription
 from models import limits
 from models.errors import HeliographError
 from models.events import Finished, Progress, Timings
@@ -23,15 +26,25 @@ _OF_A_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
 
 
-def from_result(result: GenerationResult) -> dict[str, Any]:
-    """The JSON answer."""
-    return _answer(result, [_image(image) for image in result.images])
+def from_result(result: GenerationResult, urls: Sequence[str] | None = None) -> dict[str, Any]:
+    """The JSON answer, with the pictures in base64 unless there are addresses of them."""
+    if urls is None:
+        return _answer(result, [_image(image) for image in result.images])
+    placed = zip(result.images, urls, strict=True)
+    return _answer(result, [_described(image) | {"url": url, "sha256": _sha256(image)} for image, url in placed])
+
+
+def cache_headers(result: GenerationResult) -> dict[str, str]:
+    """Whether the pictures were there before they were asked for."""
+    return {"x-cache": "hit" if result.cached else "miss"}
 
 
 def _answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": result.id,
         "created": result.created,
+        "receipt_id": result.receipt_id,
+        "cached": result.cached,
         "model": result.request.model,
         "revision": result.revision,
         "images": images,
@@ -89,7 +102,33 @@ def picture_response(result: GenerationResult) -> Response:
         "x-warnings": str(len(result.warnings)),
         "x-content-type-options": "nosniff",
     }
-    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers)
+    if result.receipt_id is not None:
+        headers["x-receipt-id"] = result.receipt_id
+    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers | cache_headers(result))
+
+
+def from_receipt(receipt: Mapping[str, Any], urls: Sequence[str]) -> dict[str, Any]:
+    """A receipt, with the addresses of its pictures where they are kept."""
+    if not urls:
+        return dict(receipt)
+    images = [image | {"url": url} for image, url in zip(receipt["images"], urls, strict=True)]
+    return {**receipt, "images": images}
+
+
+def from_replay(receipt_id: str, replay: Replay) -> dict[str, Any]:
+    """What came of drawing again; `max_difference` is null where the first pictures are no longer there to compare."""
+    images = [
+        _image(one.image) | {"identical": one.identical, "max_difference": one.max_difference} for one in replay.images
+    ]
+    differences = [one.max_difference for one in replay.images]
+    return {
+        "receipt_id": receipt_id,
+        "identical": all(one.identical for one in replay.images),
+        "max_difference": None if None in differences else max(differences),
+        "changed": list(replay.changed),
+        "replay_receipt_id": replay.result.receipt_id,
+        "images": images,
+    }
 
 
 def from_model(model: ModelDescription) -> dict[str, Any]:
@@ -162,8 +201,16 @@ def _told(value: Any) -> Any:
 
 
 def _image(image: Finished) -> dict[str, Any]:
+    return _described(image) | {"base64": wire.encode_base64(image.data)}
+
+
+def _described(image: Finished) -> dict[str, Any]:
     values = {"index": image.index, "seed": image.seed, "format": image.format}
-    return values | {"width": image.width, "height": image.height, "base64": wire.encode_base64(image.data)}
+    return values | {"width": image.width, "height": image.height}
+
+
+def _sha256(image: Finished) -> str:
+    return hashlib.sha256(image.data).hexdigest()
 
 
 def _timings(timings: Timings, total_s: float) -> dict[str, float]:

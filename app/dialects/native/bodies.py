@@ -15,6 +15,7 @@ from models.samplers import SAMPLERS
 STREAM_PREVIEW_EVERY = 5
 VARIATIONS = 4  # pictures, unless said
 OutputFormat = Literal["png", "jpeg", "jpg", "webp", "avif"]
+Delivery = Literal["base64", "url"]
 
 
 def _encoded(value: Any) -> str | bytes:
@@ -129,6 +130,8 @@ class DrawBody(Wire):
     metadata: Metadata | None = Field(None, description="What the file tells of its making; none when left out")
     priority: Priority = Field("interactive", description="Batch work waits for interactive work")
     deadline_s: float | None = within(limits.DEADLINE_S, "Seconds after which the picture is of no use")
+    response: Delivery = Field("base64", description="How JSON has the pictures: base64, or url of a stored one")
+    cache: bool = Field(True, description="Whether pictures of the very same request may be given again; needs a seed")
     stream: bool = Field(False, description="Answer with server-sent events: queued, progress, image, done or error")
     preview_every: int | None = within(
         limits.PREVIEW_EVERY, f"A preview in every n-th progress event, 0 for none; {STREAM_PREVIEW_EVERY} in a stream"

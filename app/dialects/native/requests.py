@@ -16,7 +16,7 @@ from models.request import GenerationRequest
 VARIATION_STRENGTH = 0.2  # of a seed's noise: the same composition, other details
 VARIATION_DENOISE_STRENGTH = 0.5  # of a picture: colours and places stay
 _SIDES = ("left", "right", "top", "bottom")
-_NOT_AS_IT_IS = {"stream", "init_image", "image_strength", *_SIDES}
+_NOT_AS_IT_IS = {"stream", "response", "cache", "init_image", "image_strength", *_SIDES}
 _PARTS: dict[str, Callable[..., Any]] = {"outpaint": Outpaint, "hires": Hires, "upscale": Upscale}
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
-from app.dialects.native import answers, forms, requests, upscale
+from app.dialects.native import answers, forms, receipts, requests, upscale
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.service import Service
@@ -28,6 +28,7 @@ def routes(service: Service) -> APIRouter:
     _add_generate(router, service)
     _add_forms(router, service)
     upscale.add(router, service)
+    receipts.add(router, service)
     _add_lists(router, service)
     _add_requests(router, service)
     return router
@@ -91,23 +92,37 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 async def _draw(request: Request, service: Service, body: Body, to_request: ToRequest[Body]) -> Response:
     """What a body asks for, in the form that `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
+    as_urls = _as_urls(body, media_type, service)
     body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
     # Decoding a large picture takes a while: not on the loop that every other request shares.
     wanted = await asyncio.to_thread(to_request, body, service.default_model)
     if media_type == EVENTS:
-        return await wire.unless_disconnected(request, _stream(service, wanted))
+        return await wire.unless_disconnected(request, _stream(service, wanted, body.cache))
     if media_type != JSON:
         wanted = replace(wanted, output_format=next(f for f, kind in MEDIA_TYPES.items() if kind == media_type))
-    result = await wire.unless_disconnected(request, service.generate(wanted))
+    drawing = service.generate(wanted, cache=body.cache, urls=as_urls)
+    result = await wire.unless_disconnected(request, drawing)
     if media_type != JSON:
         return answers.picture_response(result)
+    urls = await service.urls(result) if as_urls else None
     size = sum(len(image.data) for image in result.images)
-    return await wire.written(size, lambda: wire.json_response(answers.from_result(result)))
+    headers = answers.cache_headers(result)
+    return await wire.written(size, lambda: wire.json_response(answers.from_result(result, urls), headers))
 
 
-async def _stream(service: Service, wanted: GenerationRequest) -> Response:
+def _as_urls(body: DrawBody, media_type: str, service: Service) -> bool:
+    """Whether the answer has addresses. Raises InvalidRequest where it cannot have them."""
+    if body.response != "url":
+        return False
+    if media_type != JSON:
+        raise InvalidRequest("response", f"`url` is for answers in JSON, and this one will be {media_type}")
+    service.check_urls()
+    return True
+
+
+async def _stream(service: Service, wanted: GenerationRequest, cache: bool) -> Response:
     """Waits until a replica has taken the request on, so that a refusal is a status and not an event."""
-    events = service.stream(wanted)
+    events = service.stream(wanted, cache=cache)
     return wire.EventStream(answers.from_events(await anext(events), events))
 
 
