@@ -5,18 +5,19 @@ A replica knows; the gateway asks it before it gives out a picture of an earlier
 
 import hashlib
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from app.settings import ModelSettings
+from app.settings import PROJECT, ModelSettings
 from models.adapters.registry import SUFFIX, Registry
 from models.request import EffectiveRequest
 
-LIBRARIES = ("heliograph", "torch", "diffusers", "transformers", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Origins:
             "revision": revision,
             "device": device,
             "dtype": dtype,
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {"heliograph": _own_version()} | {name: version(name) for name in LIBRARIES},
         }
 
     def of(self, needs: Needs) -> Origin:
@@ -79,6 +80,14 @@ class Origins:
         yield from _located("controlnet", needs.controlnets, self._settings.located_controlnets)
         preprocessors: dict[Any, str] = self._settings.located_preprocessors
         yield from _located("preprocessor", needs.preprocessors, preprocessors)
+
+
+def _own_version() -> str:
+    """That of the package, or of the folder that runs where it is not installed."""
+    try:
+        return version("heliograph")
+    except PackageNotFoundError:
+        return tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def _located(kind: str, names: tuple[str, ...], places: Mapping[str, str]) -> Iterator[tuple[str, str]]:

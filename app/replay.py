@@ -10,7 +10,7 @@ from app.results import receipt as receipts
 from app.results.results import Result
 from app.service import Service
 from models import document
-from models.errors import NotFound, Unavailable
+from models.errors import InvalidRequest, NotFound, Unavailable
 from models.events import Finished
 
 
@@ -40,6 +40,8 @@ async def replay(service: Service, owner: str, receipt_id: str) -> Replay:
     results = service.results
     first = await results.get(owner, receipt_id)
     told = first.receipt["request"]
+    if "revision" not in first.receipt:
+        raise InvalidRequest("receipt_id", "is of an enlargement, whose small picture is not kept: enlarge it again")
     pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
     request = replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None)
     again = await service.generate(request, cache=False)

@@ -14,6 +14,7 @@ from app.drawing import Drawing, GenerationResult, StreamEvent
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.keys.caller import current
 from app.origin import Needs, Origin
+from app.results.keeping import keep_enlarged
 from app.results.results import Results
 from models.card import ModelCard
 from models.errors import GenerationFailed, InvalidRequest, NotFound
@@ -170,6 +171,11 @@ class Service:
 
     async def _effective(self, request: GenerationRequest) -> EffectiveRequest:
         return await self._with_upscaler(request.resolve(self.card(request.model)))
+
+    async def keep_upscaled(self, upscaled: Upscaled, wanted: Upscale) -> str:
+        """The address of an enlarged picture, which is stored for it. Raises Unavailable."""
+        keys = await keep_enlarged(self.results, current.get().id, upscaled, wanted)
+        return (await self.results.addresses(keys))[0]
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from app.events import Upscaled
 from app.origin import Origin
 from models import document
 from models.events import Finished, Timings
 from models.images import Picture
 from models.metadata import named
+from models.parts import Upscale
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
 
@@ -48,6 +50,17 @@ def compose(id: str, created: int, drawn: Drawn) -> dict[str, Any]:
     }
 
 
+def compose_enlarged(id: str, created: int, enlarged: Upscaled, wanted: Upscale) -> dict[str, Any]:
+    """The receipt of an enlargement. It has no `revision`, and cannot be replayed: the small picture is not kept."""
+    return {
+        "receipt_id": id,
+        "created": created,
+        "model": enlarged.model,
+        "request": {"scale": wanted.scale, "output_format": enlarged.format},
+        "images": [{"index": 0} | _file(enlarged)],
+    }
+
+
 def images(receipt: Mapping[str, Any], files: Sequence[bytes]) -> tuple[Finished, ...]:
     """The pictures of a receipt as an engine would give them that takes no time, with the bytes of their files."""
     prompts = {field: PromptReport(**report) for field, report in receipt["prompts"].items()}
@@ -79,9 +92,11 @@ def pixels_sha256(encoded: bytes) -> str:
 
 
 def _described(image: Finished) -> dict[str, Any]:
+    return {"index": image.index, "seed": image.seed} | _file(image)
+
+
+def _file(image: Finished | Upscaled) -> dict[str, Any]:
     return {
-        "index": image.index,
-        "seed": image.seed,
         "format": image.format,
         "width": image.width,
         "height": image.height,

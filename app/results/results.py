@@ -6,9 +6,8 @@ of its pixels. So whatever lies there has an owner for as long as there is a row
 
 import asyncio
 import re
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import stores
 from app.database import Database, clock
+from app.events import Upscaled
 from app.jobs.tables import jobs
-from app.results import receipt as receipts
-from app.results.receipt import Drawn
 from app.results.table import results
 from app.settings import GatewaySettings
 from app.stores.store import LONGEST_EXPIRY_S, Store, StoreUnavailable
 from app.stores.sweep import sweep
 from models import document, images
 from models.errors import InvalidRequest, NotFound, Unavailable
+from models.events import Finished
 from models.images import MEDIA_TYPES, Picture
 from models.metadata import named
 from models.request import EffectiveRequest
@@ -69,12 +68,11 @@ class Results:
         """Whether pictures can be kept."""
         return self._store is not None
 
-    async def put(self, id: str, drawn: Drawn) -> tuple[str, ...]:
+    async def put(self, id: str, pictures: Sequence[Finished | Upscaled]) -> tuple[str, ...]:
         """Stores the pictures of a result that is not recorded yet, and gives their keys. Raises StorageFull too."""
-        keys = tuple(f"{FOLDER}/{id}/{image.index}" for image in drawn.images)
-        files = {key: (image.data, MEDIA_TYPES[image.format]) for key, image in zip(keys, drawn.images, strict=True)}
+        files = {f"{FOLDER}/{id}/{n}": (one.data, MEDIA_TYPES[one.format]) for n, one in enumerate(pictures)}
         await self._put(files)
-        return keys
+        return tuple(files)
 
     async def put_inputs(self, id: str, request: EffectiveRequest) -> None:
         """Stores the input pictures of a result that is not recorded yet. Raises StorageFull too."""
@@ -82,14 +80,13 @@ class Results:
         await self._put({f"{FOLDER}/{id}/{name}": (data, MEDIA_TYPES["png"]) for name, data in files.items()})
 
     async def record(
-        self, id: str, owner: str, drawn: Drawn, keys: tuple[str, ...] = (), fingerprint: str | None = None
+        self, owner: str, receipt: Mapping[str, Any], keys: tuple[str, ...] = (), fingerprint: str | None = None
     ) -> None:
-        """Writes the receipt down. By the fingerprint `find` gives out the pictures again, whose keys are given then."""
-        receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
+        """Writes a receipt down. By the fingerprint `find` gives out the pictures again, whose keys are given then."""
 
         async def work(connection: AsyncConnection) -> None:
             now = await clock(connection)
-            values = {"id": id, "owner": owner, "fingerprint": fingerprint, "receipt": receipt}
+            values = {"id": receipt["receipt_id"], "owner": owner, "fingerprint": fingerprint, "receipt": receipt}
             placed = [image | {"key": key} for image, key in zip(receipt["images"], keys, strict=True)] if keys else []
             values |= {"images": placed, "created_at": now, "expires_at": now + self._keep_s}
             await connection.execute(insert(results).values(values))
@@ -149,7 +146,8 @@ class Results:
         removed = await self._database.write(work)
         for row in removed:
             await self._delete([image["key"] for image in row.images])
-            await self._delete([f"{FOLDER}/{row.id}/{n['sha256']}" for n in document.names(row.receipt["request"])])
+            inputs = document.names(row.receipt["request"])
+            await self._delete([f"{FOLDER}/{row.id}/{name['sha256']}" for name in inputs])
         return len(removed)
 
     async def _delete(self, keys: list[str]) -> None:

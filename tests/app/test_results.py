@@ -217,6 +217,17 @@ async def test_a_stream_finds_what_is_kept_and_is_kept(client: httpx2.AsyncClien
     assert len(router.requests) == 1
 
 
+async def test_an_enlarged_picture_comes_by_address_and_is_not_replayed(client: httpx2.AsyncClient):
+    asked = {"image": base64.b64encode(WHITE).decode(), "scale": 2.0, "response": "url"}
+    [image] = (await client.post("/v1/upscale", json=asked)).json()["images"]
+    picture = await client.get(image["url"])
+    assert hashlib.sha256(picture.content).hexdigest() == image["sha256"]
+    receipt_id = image["url"].split("/")[4]
+    assert (await client.get(f"/v1/receipts/{receipt_id}")).json()["request"]["scale"] == 2.0
+    replay = await client.post("/v1/replay", json={"receipt_id": receipt_id})
+    assert (replay.status_code, replay.json()["error"]["field"]) == (422, "receipt_id")
+
+
 async def test_a_receipt_is_its_owners_and_leads_to_the_pictures(client: httpx2.AsyncClient, service: Service):
     id = (await draw(client)).json()["receipt_id"]
     receipt = (await client.get(f"/v1/receipts/{id}")).json()

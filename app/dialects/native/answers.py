@@ -10,12 +10,14 @@ from typing import Any
 from fastapi.responses import Response
 
 from app import wire
+from app.dialects.native.bodies import Delivery
+from app.dialects.native.schemas import JSON
 from app.drawing import Accepted, GenerationResult, StreamEvent
 from app.errors import envelope
 from app.replay import Replay
-from app.service import AdapterDescription, ModelDescription
+from app.service import AdapterDescription, ModelDescription, Service
 from models import limits
-from models.errors import HeliographError
+from models.errors import HeliographError, InvalidRequest
 from models.events import Finished, Progress, Timings
 from models.images import FORMATS, MEDIA_TYPES, Picture
 from models.limits import Range
@@ -32,6 +34,16 @@ def from_result(result: GenerationResult, urls: Sequence[str] | None = None) -> 
         return _answer(result, [_image(image) for image in result.images])
     placed = zip(result.images, urls, strict=True)
     return _answer(result, [_described(image) | {"url": url, "sha256": _sha256(image)} for image, url in placed])
+
+
+def as_urls(response: Delivery, media_type: str, service: Service) -> bool:
+    """Whether an answer has addresses of its pictures. Raises InvalidRequest where it cannot have them."""
+    if response != "url":
+        return False
+    if media_type != JSON:
+        raise InvalidRequest("response", f"`url` is for answers in JSON, and this one will be {media_type}")
+    service.check_urls()
+    return True
 
 
 def cache_headers(result: GenerationResult) -> dict[str, str]:

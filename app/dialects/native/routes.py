@@ -92,7 +92,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
 async def _draw(request: Request, service: Service, body: Body, to_request: ToRequest[Body]) -> Response:
     """What a body asks for, in the form that `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
-    as_urls = _as_urls(body, media_type, service)
+    as_urls = answers.as_urls(body.response, media_type, service)
     body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
     # Decoding a large picture takes a while: not on the loop that every other request shares.
     wanted = await asyncio.to_thread(to_request, body, service.default_model)
@@ -108,16 +108,6 @@ async def _draw(request: Request, service: Service, body: Body, to_request: ToRe
     size = sum(len(image.data) for image in result.images)
     headers = answers.cache_headers(result)
     return await wire.written(size, lambda: wire.json_response(answers.from_result(result, urls), headers))
-
-
-def _as_urls(body: DrawBody, media_type: str, service: Service) -> bool:
-    """Whether the answer has addresses. Raises InvalidRequest where it cannot have them."""
-    if body.response != "url":
-        return False
-    if media_type != JSON:
-        raise InvalidRequest("response", f"`url` is for answers in JSON, and this one will be {media_type}")
-    service.check_urls()
-    return True
 
 
 async def _stream(service: Service, wanted: GenerationRequest, cache: bool) -> Response:

@@ -1,6 +1,7 @@
 """`POST /v1/upscale`: a picture comes back larger. Its wire model, its path and its answers."""
 
 import asyncio
+import hashlib
 import time
 import uuid
 from typing import Any
@@ -10,8 +11,8 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app import links, wire
-from app.dialects.native import forms, requests
-from app.dialects.native.bodies import Encoded, OutputFormat, Wire, within
+from app.dialects.native import answers, forms, requests
+from app.dialects.native.bodies import Delivery, Encoded, OutputFormat, Wire, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
 from app.events import Upscaled
 from app.service import Service
@@ -28,6 +29,7 @@ class UpscaleBody(Wire):
     scale: float = within(limits.UPSCALE, "How many times as wide and as high, fractions too; 2 when left out", 2.0)
     model: str | None = Field(None, description="An upscaler from GET /v1/adapters; the default one when left out")
     output_format: OutputFormat | None = Field(None, description="png when left out; jpg is jpeg")
+    response: Delivery = Field("base64", description="How JSON has the picture: base64, or url of a stored one")
 
 
 def add(router: APIRouter, service: Service) -> None:
@@ -39,25 +41,30 @@ def add(router: APIRouter, service: Service) -> None:
         started = time.monotonic()
         body = await forms.read(request, UpscaleBody)
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
+        as_url = answers.as_urls(body.response, media_type, service)
         body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
         picture = await asyncio.to_thread(requests.encoded_bytes, "image", body.image)
         wanted = Upscale(scale=body.scale, model=body.model)
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
         if media_type != JSON:
             return _bytes(upscaled)
+        url = await service.keep_upscaled(upscaled, wanted) if as_url else None
         total_s = time.monotonic() - started
         size = len(upscaled.data)
-        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, body.scale, total_s)))
+        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, body.scale, total_s, url)))
 
 
-def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
-    """The JSON answer."""
+def from_upscaled(upscaled: Upscaled, scale: float, total_s: float, url: str | None = None) -> dict[str, Any]:
+    """The JSON answer, with the picture in base64 unless there is an address of it."""
+    picture = {"base64": wire.encode_base64(upscaled.data)}
+    if url is not None:
+        picture = {"url": url, "sha256": hashlib.sha256(upscaled.data).hexdigest()}
     image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
     return {
         "id": uuid.uuid4().hex,
         "created": int(time.time()),
         "model": upscaled.model,
-        "images": [image | {"base64": wire.encode_base64(upscaled.data)}],
+        "images": [image | picture],
         "parameters": {"scale": scale},
         "timings": {"total": round(total_s, 4)},
     }

@@ -12,7 +12,7 @@ from app.database import Database
 from app.jobs.job import NewJob
 from app.jobs.store import JobStore
 from app.results.keeping import keep
-from app.results.receipt import Drawn
+from app.results.receipt import Drawn, compose
 from app.results.results import Results, Swept, new_id
 from app.results.table import results as table
 from app.stores.folder import Folder
@@ -28,7 +28,7 @@ ABOUT = "f" * 64
 async def kept(results: Results, what: Drawn, owner: str = "ada", about: str | None = ABOUT) -> str:
     id = new_id()
     await results.put_inputs(id, what.request)
-    await results.record(id, owner, what, await results.put(id, what), about)
+    await results.record(owner, compose(id, 0, what), await results.put(id, what.images), about)
     return id
 
 
@@ -118,13 +118,13 @@ async def test_orphans_are_swept_once_they_are_old_and_nothing_else(
     jobs = JobStore(database)
     job = (await jobs.submit(NewJob(owner="ada", model="sd15", kind="txt2img", request={}, work=1.0))).job
     owned = await kept(results, drawn())
-    orphan = await results.put(new_id(), drawn())
+    orphan = await results.put(new_id(), drawn().images)
     others = {f"results/{job.id}/1-0", "inputs/somebody/0"}
     for key in others:
         await folder.put(key, b"a picture", "image/png")
     assert await results.keep_house() == Swept(results=0, objects=0)  # it may be on its way still
     age(tmp_path / "pictures")
-    young = await results.put(new_id(), drawn())
+    young = await results.put(new_id(), drawn().images)
     assert await results.keep_house() == Swept(results=0, objects=1)
     assert await stored(folder) == {f"results/{owned}/0", *others, *young}
     assert not set(orphan) & await stored(folder)
