@@ -100,7 +100,7 @@ class Drawing:
             async with aclosing(self._draw(wanted, progress)) as events:
                 async for event in events:
                     if isinstance(event, GenerationResult):
-                        event = await self._kept(event, again and event.request == wanted, urls)
+                        event = await self._kept(event, again and _is_what_was_asked(event, wanted), urls)
                     yield event
             return
         yield Accepted(id=found.id, created=found.created, request=wanted, revision=found.revision, waiting=0)
@@ -176,6 +176,12 @@ class Drawing:
         drawn = Drawn(request=result.request, origin=result.origin, images=result.images)
         kept = await keep(self._results, current.get().id, drawn, again=again, pictures=urls)
         return replace(result, **vars(kept))
+
+
+def _is_what_was_asked(result: GenerationResult, wanted: EffectiveRequest) -> bool:
+    """Not where it was ended early, nor where a replica died and others finished it with other weights."""
+    revisions = {image.revision for image in result.images}
+    return result.request == wanted and result.origin is not None and revisions == {result.origin.revision}
 
 
 def _as_ended(request: EffectiveRequest, steps: Mapping[int, Progress]) -> EffectiveRequest:

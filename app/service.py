@@ -134,9 +134,7 @@ class Service:
             raise result.fault
         return await self.results.addresses(result.keys)
 
-    async def generate(
-        self, request: GenerationRequest, *, cache: bool = True, urls: bool = False
-    ) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, *, cache: bool = True, urls: bool = False) -> GenerationResult:
         """Makes all pictures of a request. Raises the errors of models/errors.py.
 
         With `cache` the pictures may be those of the same request, earlier or at the same time, of the same caller;

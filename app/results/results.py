@@ -20,7 +20,7 @@ from app.events import Upscaled
 from app.jobs.tables import jobs
 from app.results.table import results
 from app.settings import GatewaySettings
-from app.stores.store import LONGEST_EXPIRY_S, Store, StoreUnavailable
+from app.stores.store import Store, StoreUnavailable
 from app.stores.sweep import sweep
 from models import document, images
 from models.errors import InvalidRequest, NotFound, Unavailable
@@ -122,8 +122,8 @@ class Results:
         return await asyncio.to_thread(Picture.from_bytes, packed)
 
     async def addresses(self, keys: tuple[str, ...], lasts_s: float = ADDRESS_S) -> tuple[str, ...]:
-        """Addresses of stored pictures, each good for an hour unless said. Raises NotFound where one has gone."""
-        store, seconds = self._store_or_refuse(), int(max(1, min(lasts_s, ADDRESS_S, LONGEST_EXPIRY_S)))
+        """Addresses of stored pictures, each good for an hour at most. Raises NotFound where one has gone."""
+        store, seconds = self._store_or_refuse(), int(max(1, min(lasts_s, ADDRESS_S)))
         return tuple(await asyncio.gather(*(store.url(key, seconds) for key in keys)))
 
     async def keep_house(self) -> Swept:

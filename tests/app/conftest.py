@@ -126,7 +126,7 @@ class MemoryRouter:
             format=request.output_format,
             width=request.width,
             height=request.height,
-            revision="abc",
+            revision=self.drawn_from.revision,
             timings=replace(TIMINGS, upscale_s=0.5) if request.upscale else TIMINGS,
             prompts={"prompt": PromptReport(tokens=2, chunks=1, truncated="")},
             warnings=("prompt truncated",) if "truncate" in request.prompt else (),

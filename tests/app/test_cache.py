@@ -95,6 +95,7 @@ class Work:
     async def __call__(self) -> str:
         self.begun += 1
         await self.gate.wait()
+        await asyncio.sleep(0.01)  # as drawing does, which is never done at once
         self.failures -= 1
         if self.failures >= 0:
             raise GenerationFailed("engine_fault")
