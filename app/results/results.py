@@ -137,11 +137,11 @@ class Results:
     async def _prune(self) -> int:
         """Rows first: what a crash leaves behind then has no owner, and the sweep finds it."""
 
-        async def work(connection: AsyncConnection) -> list[Row[Any]]:
+        async def work(connection: AsyncConnection) -> Sequence[Row[Any, Any, Any]]:
             over = select(results.c.id).where(results.c.expires_at <= await clock(connection)).limit(PRUNED_AT_ONCE)
             removed = delete(results).where(results.c.id.in_(over))
             told = removed.returning(results.c.id, results.c.images, results.c.receipt)
-            return [*(await connection.execute(told))]
+            return (await connection.execute(told)).all()
 
         removed = await self._database.write(work)
         for row in removed:

@@ -57,11 +57,10 @@ def test_a_replay_is_identical_with_a_lora_a_controlnet_and_an_input_picture(ser
 
 def test_what_was_ended_early_is_replayed_as_far_as_it_came(server: Server):
     with server.stream(**BODY | {"seed": 4713, "steps": 120}) as events:
-        queued = next(events)
-        for event in events:
-            if event.name == "progress" and event.data["step"] == 3:
+        queued = done = next(events)
+        for done in events:
+            if done.name == "progress" and done.data["step"] == 3:
                 httpx2.post(f"{server.address}/v1/requests/{queued.data['id']}/accept", timeout=30).raise_for_status()
-            done = event
     assert done.name == "done"
     receipt = httpx2.get(f"{server.address}/v1/receipts/{done.data['receipt_id']}", timeout=30).json()
     assert 3 <= receipt["request"]["stop_at_step"] < 120

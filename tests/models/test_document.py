@@ -1,6 +1,7 @@
 """Requests as JSON documents and back, over every field."""
 
 from dataclasses import fields
+from typing import Any
 
 import orjson
 import pytest
@@ -34,7 +35,7 @@ def there_and_back(request: EffectiveRequest) -> EffectiveRequest:
         {"prompt": "x", "controls": (ControlUse(name="canny", image=BLACK, end=0.5, preprocessor="canny"),)},
     ],
 )
-def test_a_request_comes_back_as_it_was(options: dict[str, object]):
+def test_a_request_comes_back_as_it_was(options: dict[str, Any]):
     request = GenerationRequest(model="sd15", **options).resolve(CARD)
     assert there_and_back(request) == request
 

@@ -132,11 +132,11 @@ def from_replay(receipt_id: str, replay: Replay) -> dict[str, Any]:
     images = [
         _image(one.image) | {"identical": one.identical, "max_difference": one.max_difference} for one in replay.images
     ]
-    differences = [one.max_difference for one in replay.images]
+    known = [one.max_difference for one in replay.images if one.max_difference is not None]
     return {
         "receipt_id": receipt_id,
         "identical": all(one.identical for one in replay.images),
-        "max_difference": None if None in differences else max(differences),
+        "max_difference": max(known) if len(known) == len(images) else None,
         "changed": list(replay.changed),
         "replay_receipt_id": replay.result.receipt_id,
         "images": images,
