@@ -14,8 +14,10 @@ import httpx2
 import pytest
 
 from app import ingress
+from app.auth import Guard
 from app.database import Database
-from app.keys.caller import ANONYMOUS, current
+from app.keys import registry
+from app.keys.caller import ANONYMOUS, Limits, current
 from app.replay import replay
 from app.results import results as kept
 from app.service import Service
@@ -215,6 +217,29 @@ async def test_a_stream_finds_what_is_kept_and_is_kept(client: httpx2.AsyncClien
     ]  # fmt: skip
     assert marks(await draw(client)) == ("hit", True)
     assert len(router.requests) == 1
+
+
+async def test_another_callers_receipt_is_404_like_one_that_never_was(service: Service, settings: GatewaySettings):
+    async def ready() -> None:
+        return None
+
+    database = Database(settings.database)
+    keys = registry.opened(database, settings.secret_file)
+    app = ingress.build(service, settings, ready, Guard("keys", keys))
+    texts = [(await keys.create(name, ("generate",), Limits()))[1] for name in ("ada", "eve")]
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        ada, eve = ({"x-api-key": text} for text in texts)
+        id = (await client.post("/v1/generate", json=BODY, headers=ada)).json()["receipt_id"]
+        assert (await client.get(f"/v1/receipts/{id}", headers=ada)).status_code == 200
+        for receipt_id in (id, "0" * 32):
+            got = await client.get(f"/v1/receipts/{receipt_id}", headers=eve)
+            replayed = await client.post("/v1/replay", json={"receipt_id": receipt_id}, headers=eve)
+            assert (got.status_code, replayed.status_code) == (404, 404)
+            assert got.json() == replayed.json()
+        hers = await client.post("/v1/generate", json=BODY, headers=eve)
+        assert marks(hers) == ("miss", False)
+    await database.close()
 
 
 async def test_an_enlarged_picture_comes_by_address_and_is_not_replayed(client: httpx2.AsyncClient):
