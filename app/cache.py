@@ -33,12 +33,18 @@ def is_repeatable(request: GenerationRequest) -> bool:
 def fingerprint(request: EffectiveRequest, origin: Origin | None = None) -> str:
     """The same for requests that draw the same: SHA-256 over every parameter, input pictures by their hashes.
 
-    With an origin also over the weights: those of the model, and of what the request puts on it. Hashes pictures, which
-    may be large: not for an event loop where there are some.
+    With an origin also over the weights: those of the model, and of what the request puts on it.
     """
     told = {name: value for name, value in document.write(request, named).items() if name not in _ORDER}
     weights = None if origin is None else [origin.revision, dict(origin.adapters)]
     return hashlib.sha256(orjson.dumps([told, weights], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+async def fingerprint_aside(request: EffectiveRequest, origin: Origin | None = None) -> str:
+    """The same, in a thread where there are input pictures to hash, which may be large."""
+    if any(document.pictures(request)):
+        return await asyncio.to_thread(fingerprint, request, origin)
+    return fingerprint(request, origin)
 
 
 class Flights(Generic[T]):

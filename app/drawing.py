@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.cache import fingerprint
+from app.cache import fingerprint_aside
 from app.events import Admitted, ReplicaEvent
 from app.keys.caller import current
 from app.origin import Needs, Origin
@@ -151,7 +151,7 @@ class Drawing:
                 origin = await self._replicas.origin(wanted.model, Needs.of(wanted))
                 if origin is None:
                     return None
-                about = await asyncio.to_thread(fingerprint, wanted, origin)
+                about = await fingerprint_aside(wanted, origin)
                 result = await self._results.find(current.get().id, about)
                 if result is None:
                     return None

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.cache import PATIENCE_S, Flights, fingerprint, is_repeatable
+from app.cache import PATIENCE_S, Flights, fingerprint_aside, is_repeatable
 from app.drawing import Drawing, GenerationResult, StreamEvent
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.keys.caller import current
@@ -148,7 +148,7 @@ class Service:
 
         if not again:
             return await work()
-        about = f"{current.get().id} {await asyncio.to_thread(fingerprint, wanted)}"
+        about = f"{current.get().id} {await fingerprint_aside(wanted)}"
         result, joined = await self._flights.join(about, work, wanted.deadline_s or PATIENCE_S)
         if not joined:
             return result

@@ -4,7 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from app.cache import fingerprint
+from app.cache import fingerprint_aside
 from app.events import Upscaled
 from app.results import receipt as receipts
 from app.results.receipt import Drawn
@@ -33,7 +33,7 @@ async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictu
             await results.put_inputs(id, drawn.request)
     except Unavailable as full:
         fault = full
-    about = await asyncio.to_thread(fingerprint, drawn.request, drawn.origin) if again and keys else None
+    about = await fingerprint_aside(drawn.request, drawn.origin) if again and keys else None
     receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
     try:
         await results.record(owner, receipt, keys, about)
