@@ -112,6 +112,7 @@ class Drawing:
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
         images: dict[int, Finished] = {}
         steps: dict[int, Progress] = {}
+        planned: dict[int, int] = {}  # steps of each picture, before anybody ends it
         origin: Origin | None = None
         async with aclosing(self._replicas.generate(wanted, progress, id)) as events:
             async for event in events:
@@ -126,6 +127,7 @@ class Drawing:
                         yield event
                     case Progress(index=index):
                         steps[index] = event
+                        planned.setdefault(index, event.steps)
                         yield event
                 if len(images) == wanted.samples:
                     break
@@ -134,7 +136,7 @@ class Drawing:
         yield GenerationResult(
             id=id,
             created=created,
-            request=_as_ended(wanted, steps),
+            request=_as_ended(wanted, steps, planned),
             revision=images[0].revision,
             images=tuple(images[index] for index in sorted(images)),
             total_s=time.monotonic() - started,
@@ -184,7 +186,7 @@ def _is_what_was_asked(result: GenerationResult, wanted: EffectiveRequest) -> bo
     return result.request == wanted and result.origin is not None and revisions == {result.origin.revision}
 
 
-def _as_ended(request: EffectiveRequest, steps: Mapping[int, Progress]) -> EffectiveRequest:
+def _as_ended(request: EffectiveRequest, steps: Mapping[int, Progress], planned: Mapping[int, int]) -> EffectiveRequest:
     """The request that draws what was drawn: one that somebody has ended early stops at the step it has come to."""
-    reached = [progress.step for progress in steps.values() if progress.step < progress.steps]
+    reached = [progress.step for index, progress in steps.items() if progress.step < planned[index]]
     return replace(request, stop_at_step=max(reached)) if reached else request
