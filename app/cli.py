@@ -13,6 +13,7 @@ from rich.console import Console
 from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
+from app.results.cli import store_app
 from app.webhooks.cli import webhooks_app
 from models.errors import HeliographError, InvalidRequest
 
@@ -30,6 +31,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(webhooks_app, name="webhooks")
+app.add_typer(store_app, name="store")
 console = Console(stderr=True)
 
 ADDRESS = "http://127.0.0.1:8000"

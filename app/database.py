@@ -99,6 +99,8 @@ class Database:
 
         Raises Unavailable, and RuntimeError where the database is newer than this program.
         """
+        if self.dialect == "sqlite":
+            Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
         engine = _engine(self._url, 1, MIGRATION_S).execution_options(sqlite_begin="BEGIN IMMEDIATE")
         try:
             await _persist(engine, lambda connection: _migrate(connection, revision), MIGRATION_S)

@@ -150,7 +150,7 @@ class Deployment(Strict):
             )
         for runner in found:
             settings = RunnerSettings.model_validate(runner.args)
-            for field in ("database", "secret_file", "store", "fetch"):
+            for field in ("database", "secret_file", "store", "keep_results_s", "fetch"):
                 if getattr(settings, field) != getattr(self.gateway, field):
                     raise ValueError(f"{runner.name} and the gateway must have the same {field}; share it by an anchor")
             if CatalogueSettings.model_validate(runner.user_config(RUNNER_DEPLOYMENT)) != self.catalogue:

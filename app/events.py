@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from app.origin import Origin
 from models.events import Event
 from models.images import ImageFormat
 
@@ -15,7 +16,7 @@ class Admitted:
     """The engine took the request on. `waiting` requests were before it; nothing of it can be refused from now on."""
 
     waiting: int
-    revision: str
+    origin: Origin
 
 
 ReplicaEvent = Admitted | Event

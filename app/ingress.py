@@ -6,7 +6,6 @@
 import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -29,10 +28,9 @@ from app.keys import registry
 from app.keys.budgets import Budgets
 from app.metered import Metered
 from app.pictures import pictures
-from app.secret import derive, read_or_make
+from app.results import results
 from app.service import Service
-from app.settings import CatalogueSettings, FolderSettings, GatewaySettings, S3Settings
-from app.stores.store import Store
+from app.settings import CatalogueSettings, GatewaySettings
 from models.errors import HeliographError
 from models.request import warm_up_request
 
@@ -61,8 +59,10 @@ class Gateway:
         if settings.jobs is not None and settings.store is not None:
             bounds = Bounds(settings.jobs.max_waiting, settings.jobs.max_waiting_per_caller)
             kept, outbox = JobStore(self._database, bounds, payload), Outbox(self._database)
-            jobs = Jobs(kept, _opened(settings.store, settings), router.charge, fetcher.address)
-        self._service = Service(router, fetcher if settings.fetch.pictures else None, jobs, outbox)
+            kept_in = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
+            jobs = Jobs(kept, kept_in, router.charge, fetcher.address)
+        drawn = results.opened(settings, self._database)
+        self._service = Service(router, fetcher if settings.fetch.pictures else None, drawn, jobs, outbox)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -73,7 +73,7 @@ class Gateway:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
-        if not self._migrated and (self._settings.auth == "keys" or self._settings.jobs):
+        if not self._migrated:
             await self._database.migrate()
             self._migrated = True
         catalogue = CatalogueSettings.model_validate(user_config)
@@ -113,7 +113,7 @@ class Readiness:
         while True:
             try:
                 card = self._service.card(self._service.default_model)
-                await self._service.generate(warm_up_request(card, steps=2))
+                await self._service.generate(warm_up_request(card, steps=2), cache=False)
                 return
             except HeliographError:  # the model still loads, or is full: there is nothing to do but ask again
                 await asyncio.sleep(WARM_UP_PAUSE_S)
@@ -135,7 +135,8 @@ def build(
     for name in settings.dialects:
         app.include_router(dialects.load(name).routes(service))
     if settings.store is not None:
-        app.include_router(pictures(_opened(settings.store, settings), _secret(settings)))
+        secret = stores.signing_secret(settings.secret_file)
+        app.include_router(pictures(stores.opened(settings.store, secret), secret))
     _add_health(app, unready_reason)
     app.add_exception_handler(HeliographError, answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -143,15 +144,6 @@ def build(
     app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_s=body_s)
     return app
-
-
-def _opened(store: FolderSettings | S3Settings, settings: GatewaySettings) -> Store:
-    return stores.opened(store, _secret(settings))
-
-
-def _secret(settings: GatewaySettings) -> bytes:
-    """What signs the pictures' addresses."""
-    return derive(read_or_make(Path(settings.secret_file)), "pictures")
 
 
 def _add_health(app: FastAPI, unready_reason: Callable[[], Awaitable[str | None]]) -> None:

@@ -2,31 +2,39 @@
 
 import asyncio
 import contextvars
+import logging
 import os
+import random
 import socket
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from app import stores
 from app.database import Database
 from app.dialects.native import payload
+from app.drawing import GenerationResult
 from app.fetch import Fetcher
 from app.jobs.making import Draw, DrawEvent, Drawn, Maker
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import UPSCALER
 from app.jobs.store import JobStore
-from app.secret import derive, read_or_make
-from app.service import GenerationResult, Service
+from app.results import results
+from app.results.results import Results
+from app.service import Service
 from app.settings import CatalogueSettings, RunnerSettings
 from app.webhooks.deliverer import Deliverer
+from models.errors import Unavailable
 from models.events import Finished, Progress
 from models.request import EffectiveRequest
 
 CLOSE_S = 25.0  # for handing jobs back, and for the webhooks under way
+HOUSE_S = 3600.0  # between two looks for what is over its time
 _DAY_S = 24 * 3600.0
+
+_log = logging.getLogger(__name__)
 
 
 class JobRunner:
@@ -35,11 +43,12 @@ class JobRunner:
     def __init__(self, settings: RunnerSettings):
         from app.router import Router  # the only thing here that needs Ray
 
-        # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
-        self._service = Service(Router(settings.request_timeout_s, attempts=1))
         self._database = Database(settings.database)
+        self._results = results.opened(settings, self._database)
+        # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
+        self._service = Service(Router(settings.request_timeout_s, attempts=1), results=self._results)
         jobs = JobStore(self._database, payload=payload)
-        pictures = stores.opened(settings.store, derive(read_or_make(Path(settings.secret_file)), "pictures"))
+        pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(
             at_once=settings.max_running,
@@ -50,6 +59,7 @@ class JobRunner:
         self._runner = Runner(f"{socket.gethostname()}-{os.getpid()}", jobs, maker, pace)
         self._deliverer = Deliverer(Outbox(self._database), Fetcher(settings.fetch))
         self._working: tuple[asyncio.Task[None], ...] = ()
+        self._keeping: tuple[asyncio.Task[None], ...] = ()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
@@ -60,10 +70,11 @@ class JobRunner:
         if not self._working:
             await self._database.migrate()
             self._working = (_lasting(self._runner.run()), _lasting(self._deliverer.run()))
+            self._keeping = (_lasting(keep_house(self._results)),)
 
     def check_health(self) -> None:
         """Raises where the work has ended, so that Serve replaces the replica."""
-        if any(task.done() for task in self._working):
+        if any(task.done() for task in (*self._working, *self._keeping)):
             raise RuntimeError("the runner has ended; its log says why")
 
     async def __del__(self) -> None:
@@ -72,25 +83,37 @@ class JobRunner:
         self._deliverer.stop()
         if self._working:
             await asyncio.wait(self._working, timeout=CLOSE_S)
-        for task in self._working:
+        tasks = (*self._working, *self._keeping)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._working, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._database.close()
 
 
 def drawing(service: Service) -> Draw:
     """The service as a maker sees it, who stands below it."""
 
-    async def draw(request: EffectiveRequest) -> AsyncGenerator[DrawEvent, None]:
-        async with aclosing(service.stream(request)) as events:
+    async def draw(request: EffectiveRequest, cache: bool) -> AsyncGenerator[DrawEvent, None]:
+        async with aclosing(service.stream(request, cache=cache)) as events:
             async for event in events:
                 match event:
-                    case GenerationResult(id=id, created=created, revision=revision, total_s=total_s):
-                        yield Drawn(id=id, created=created, revision=revision, total_s=total_s)
+                    case GenerationResult():
+                        yield Drawn(**{field.name: getattr(event, field.name) for field in fields(Drawn)})
                     case Progress() | Finished():
                         yield event
 
     return draw
+
+
+async def keep_house(kept: Results) -> None:
+    """Removes results whose time is over and pictures without an owner, every hour, from some time in the first on."""
+    await asyncio.sleep(random.uniform(0.0, HOUSE_S))
+    while True:
+        try:
+            await kept.keep_house()
+        except (Unavailable, TimeoutError) as away:
+            _log.warning("the store is not swept: %s", away)
+        await asyncio.sleep(HOUSE_S)
 
 
 def _lasting(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

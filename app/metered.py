@@ -7,6 +7,7 @@ from contextlib import aclosing
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.keys.budgets import Budgets, pixel_steps
 from app.keys.caller import ANONYMOUS, Caller, current
+from app.origin import Needs, Origin
 from app.service import Router
 from models.images import ImageFormat
 from models.parts import Upscale
@@ -30,6 +31,9 @@ class Metered:
     async def charge(self, request: EffectiveRequest) -> None:
         """Takes what a request costs from the current caller's budget. Raises BudgetSpent, InvalidRequest."""
         await self._budgets.charge(current.get(), "pixel_steps_per_minute", pixel_steps(request))
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None:
+        return await self._router.origin(model, needs)
 
     async def end(self, ending: Ending, id: str) -> bool:
         return await self._router.end(ending, _own(current.get(), id))

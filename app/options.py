@@ -81,6 +81,7 @@ PANELS: dict[str, tuple[Option, ...]] = {
         Option("metadata", str, "What the file tells of its making: full, minimal or none."),
         Option("priority", str, "interactive or batch."),
         Option("deadline_s", float, "Seconds after which the picture is of no use.", ("--deadline",)),
+        Option("cache", bool, "Take what a server has drawn before for the same request.", ("--cache/--no-cache",)),
     ),
 }
 # Options that are no field by themselves but a part of one: the field, and the part's name.

@@ -7,14 +7,16 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from app import endings
 from app.events import Admitted, Ending, ReplicaEvent, Upscaled
+from app.origin import Needs, Origin, Origins
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
 from models import metadata
-from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
+from models.errors import Cancelled, GenerationFailed, HeliographError, NotFound, Overloaded
 from models.events import Event, Failed, Finished
 from models.parts import Upscale
 from models.request import EffectiveRequest
@@ -28,6 +30,7 @@ class Model:
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
+        self._origins = await asyncio.get_running_loop().run_in_executor(None, origins, settings, self._engine)
         self._upscaler = UpscalerRoute()
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
@@ -42,15 +45,17 @@ class Model:
         chain = Chain(request, events, self._upscaler)
         loop = asyncio.get_running_loop()
         waiting = self._engine.load().waiting
+
+        def submit() -> Origin:
+            origin = self._origins.of(Needs.of(request))
+            on_event = partial(loop.call_soon_threadsafe, chain.put)
+            self._engine.submit(chain.first, on_event, progress=progress, id=id)
+            return origin
+
         # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
-        submitting = loop.run_in_executor(
-            None,
-            lambda: self._engine.submit(
-                chain.first, lambda event: loop.call_soon_threadsafe(chain.put, event), progress=progress, id=id
-            ),
-        )
+        submitting = loop.run_in_executor(None, submit)
         try:
-            await asyncio.shield(submitting)
+            origin = await asyncio.shield(submitting)
         except HeliographError as refusal:
             yield Failed(error=refusal)
             return
@@ -66,7 +71,7 @@ class Model:
 
         try:
             with endings.alive(id, end):
-                yield Admitted(waiting=waiting, revision=self._engine.revision)
+                yield Admitted(waiting=waiting, origin=origin)
                 unfinished = request.samples
                 while unfinished:
                     event = await events.get()
@@ -77,6 +82,16 @@ class Model:
         finally:
             self._engine.cancel(id)
             chain.close()
+
+    async def origin(self, needs: Needs) -> AsyncGenerator[Origin | None, None]:
+        """The origin that a picture drawn here now would have; None for a LoRA that is not there.
+
+        A generator of one, so that the gateway's one handle serves for it too.
+        """
+        try:
+            yield await asyncio.get_running_loop().run_in_executor(None, self._origins.of, needs)
+        except NotFound:
+            yield None
 
     def describe(self) -> dict[str, Any]:
         """What runs here and how busy it is."""
@@ -201,3 +216,14 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
         return engine
 
     return host(make), {"name": settings.name, "family": settings.family, "threads": threads}
+
+
+def origins(settings: ModelSettings, engine: Any) -> Origins:
+    """Where the pictures of an engine come from."""
+    import torch
+
+    placement = engine.family.placement
+    device = str(placement.device)
+    if placement.device.type == "cuda":
+        device = f"{device} {torch.cuda.get_device_name(placement.device)}"
+    return Origins(settings, engine.revision, device, str(placement.dtype).removeprefix("torch."))

@@ -21,6 +21,7 @@ from ray.util import list_named_actors
 from app import endings
 from app.errors import ReplicaDied
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.origin import Needs, Origin
 from app.running import Running
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
 from models.errors import GenerationFailed, HeliographError, Overloaded
@@ -36,6 +37,7 @@ STATUS_PATIENCE_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
 END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
+ORIGIN_PATIENCE_S = 2.0  # a replica that takes longer to say so little had better draw
 
 
 class Router:
@@ -85,6 +87,21 @@ class Router:
                         raise ReplicaDied(
                             "replica_lost", "the replica died while it worked on the request; send it again"
                         ) from death
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None:
+        """What a picture would come from that were drawn now; None where no replica says so at once."""
+        response = None
+        try:
+            async with asyncio.timeout(ORIGIN_PATIENCE_S):
+                if await self.state(model) != "ready":  # asking would wake it
+                    return None
+                response = (await self._handle(model)).origin.remote(needs)
+                return await anext(response, None)
+        except (TimeoutError, RayError, RayServeException, HeliographError):  # drawing will tell what is wrong
+            return None
+        finally:
+            if response is not None:
+                response.cancel()
 
     async def end(self, ending: Ending, id: str) -> bool:
         """Ends a request, wherever it is. False where nobody has it.

@@ -9,14 +9,20 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.cache import PATIENCE_S, Flights, fingerprint_aside, is_repeatable
+from app.drawing import Drawing, GenerationResult, StreamEvent
+from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.jobs.job import Submission
 from app.jobs.outbox import Outbox
 from app.jobs.service import Delivery, Jobs
+from app.keys.caller import current
+from app.origin import Needs, Origin
+from app.results.keeping import keep_enlarged
+from app.results.results import Results
 from models.card import ModelCard
 from models.errors import GenerationFailed, InvalidRequest, NotFound
-from models.events import Failed, Finished, Progress, Timings
 from models.images import ImageFormat
+from models.limits import DEADLINE_S
 from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from models.upscaler_card import UpscalerCard
@@ -28,6 +34,8 @@ class Router(Protocol):
     """Brings a request to a replica of its model, and the replica's events back; ends a running one by its id."""
 
     def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]: ...
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None: ...
 
     async def end(self, ending: Ending, id: str) -> bool: ...
 
@@ -42,49 +50,6 @@ class Fetcher(Protocol):
     """Brings the pictures at addresses, which requests may give in place of a picture; both by field."""
 
     async def pictures(self, addresses: Mapping[str, str]) -> Mapping[str, bytes]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
-    """A replica has taken the request on; the first thing a stream says."""
-
-    id: str
-    created: int
-    request: EffectiveRequest
-    revision: str
-    waiting: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """All pictures of a request in order, and how they came about; the last thing a stream says."""
-
-    id: str
-    created: int
-    request: EffectiveRequest
-    revision: str
-    images: tuple[Finished, ...]
-    total_s: float
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The pictures' warnings, each once."""
-        return tuple(dict.fromkeys(warning for image in self.images for warning in image.warnings))
-
-    @property
-    def timings(self) -> Timings:
-        """The longest that any picture spent in each stage."""
-        spent = [image.timings for image in self.images]
-        return Timings(
-            queued_s=max(t.queued_s for t in spent),
-            encode_s=max(t.encode_s for t in spent),
-            denoise_s=max(t.denoise_s for t in spent),
-            decode_s=max(t.decode_s for t in spent),
-            upscale_s=max((t.upscale_s for t in spent if t.upscale_s is not None), default=None),
-        )
-
-
-StreamEvent = Accepted | Progress | Finished | GenerationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +81,19 @@ class Service:
     """The models by name and the way to their replicas."""
 
     def __init__(
-        self, router: Router, fetcher: Fetcher | None = None, jobs: Jobs | None = None, outbox: Outbox | None = None
+        self,
+        router: Router,
+        fetcher: Fetcher | None = None,
+        results: Results | None = None,
+        jobs: Jobs | None = None,
+        outbox: Outbox | None = None,
     ):
         self._router = router
         self._fetcher = fetcher
+        self._results = results
         self._jobs, self._outbox = jobs, outbox
+        self._drawing = Drawing(router, results)
+        self._flights: Flights[GenerationResult] = Flights()
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
@@ -154,43 +127,61 @@ class Service:
             raise InvalidRequest(next(iter(addresses)), "must be base64: this server fetches no pictures")
         return await self._fetcher.pictures(addresses)
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Makes all pictures of a request. Raises the errors of models/errors.py."""
-        async with aclosing(self.stream(request, progress=False)) as events:
-            async for event in events:
-                if isinstance(event, GenerationResult):
-                    return event
-        raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
+    @property
+    def results(self) -> Results:
+        """What was drawn. Raises NotFound where nothing is kept."""
+        if self._results is None:
+            raise NotFound("this server keeps no receipts")
+        return self._results
 
-    async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
-        """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
-        started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = await self.resolve(request)
-        images: dict[int, Finished] = {}
-        async with aclosing(self._router.generate(effective, progress, id)) as events:
+    def check_urls(self) -> None:
+        """Raises InvalidRequest where pictures cannot be given by address."""
+        if self._results is None or not self._results.stores:
+            raise InvalidRequest("response", "must be base64: this server keeps no pictures (`store`)")
+
+    async def urls(self, result: GenerationResult) -> tuple[str, ...]:
+        """Addresses of a result's pictures. Raises Unavailable where they could not be stored."""
+        if not result.keys and result.fault is not None:
+            raise result.fault
+        return await self.results.addresses(result.keys)
+
+    async def generate(self, request: GenerationRequest, *, cache: bool = True, urls: bool = False) -> GenerationResult:
+        """Makes all pictures of a request. Raises the errors of models/errors.py.
+
+        With `cache` the pictures may be those of the same request, earlier or at the same time, of the same caller;
+        for `urls` they are stored in any case.
+        """
+        began, wanted = time.monotonic(), await self.resolve(request)
+        again = cache and is_repeatable(request)
+
+        async def work() -> GenerationResult:
+            return await _last(self._drawing.events(_hurried(wanted, began), False, again, urls))
+
+        if not again:
+            return await work()
+        about = f"{current.get().id} {await fingerprint_aside(wanted)}"
+        result, joined = await self._flights.join(about, work, wanted.deadline_s or PATIENCE_S)
+        if not joined:
+            return result
+        mine = {"id": uuid.uuid4().hex, "created": int(time.time()), "total_s": time.monotonic() - began}
+        return replace(result, cached=True, **mine)
+
+    async def stream(
+        self, request: GenerationRequest, *, progress: bool = True, cache: bool = True, urls: bool = False
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult.
+
+        It waits for nobody else's drawing; else it is as `generate`.
+        """
+        wanted = await self.resolve(request)
+        async with aclosing(self._drawing.events(wanted, progress, cache and is_repeatable(request), urls)) as events:
             async for event in events:
-                match event:
-                    case Admitted(waiting=waiting, revision=revision):
-                        yield Accepted(id=id, created=created, request=effective, revision=revision, waiting=waiting)
-                    case Failed(error=error):
-                        raise error
-                    case Finished(index=index):
-                        images[index] = event
-                        yield event
-                    case Progress():
-                        yield event
-                if len(images) == effective.samples:
-                    break
-        if len(images) < effective.samples:
-            raise GenerationFailed("engine_fault", "the engine ended the request without all of its pictures")
-        yield GenerationResult(
-            id=id,
-            created=created,
-            request=effective,
-            revision=images[0].revision,
-            images=tuple(images[index] for index in sorted(images)),
-            total_s=time.monotonic() - started,
-        )
+                yield event
+
+    async def keep_upscaled(self, upscaled: Upscaled, wanted: Upscale) -> str:
+        """The address of an enlarged picture, which is stored for it. Raises Unavailable."""
+        keys = await keep_enlarged(self.results, current.get().id, upscaled, wanted)
+        return (await self.results.addresses(keys))[0]
 
     @property
     def upscaling_models(self) -> tuple[str, ...]:
@@ -217,6 +208,7 @@ class Service:
 
     async def submit(self, kind: str, request: GenerationRequest, delivery: Delivery) -> Submission:
         """Accepts a job that draws. Raises what `resolve` raises, Overloaded and Unavailable."""
+        delivery = replace(delivery, cache=delivery.cache and is_repeatable(request))
         return await self.jobs.submit(kind, await self.resolve(request), delivery)
 
     async def submit_upscale(
@@ -284,3 +276,19 @@ class Service:
     async def _end(self, ending: Ending, id: str) -> None:
         if not (_ID.fullmatch(id) and await self._router.end(ending, id)):
             raise NotFound("no request of that id is running; a stream's `queued` event tells the id")
+
+
+async def _last(events: AsyncGenerator[StreamEvent, None]) -> GenerationResult:
+    """What a stream comes to. Raises what it raises."""
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, GenerationResult):
+                return event
+    raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
+
+
+def _hurried(request: EffectiveRequest, began: float) -> EffectiveRequest:
+    """The request with the time that is left of its deadline."""
+    if request.deadline_s is None:
+        return request
+    return replace(request, deadline_s=max(DEADLINE_S.low, request.deadline_s - (time.monotonic() - began)))

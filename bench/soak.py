@@ -111,7 +111,7 @@ async def _soak(folder: Path, requests: int, seed: int, threads: int) -> tuple[l
             for number in numbers:
                 await asyncio.to_thread(churn.turn)
                 kind, body = request(random.Random(f"{seed} {number}"), churn.names)
-                await server.post("/v1/generate", body)
+                await server.post("/v1/generate", body | {"cache": False})
                 counts[kind] += 1
 
         async def watch() -> None:

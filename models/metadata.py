@@ -6,12 +6,13 @@ complete: whatever field a request has is in it by name, input pictures by size 
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import orjson
 
 from models import infotext
+from models.document import write as plain
 from models.images import Picture, inspect
 from models.request import EffectiveRequest, GenerationRequest
 
@@ -76,21 +77,15 @@ def read(encoded: bytes, field: str = "image") -> Metadata:
 
 
 def _described(request: EffectiveRequest) -> dict[str, Any]:
-    values = {name: value for name, value in _plain(request).items() if name not in _ORDER}
+    values = {name: value for name, value in plain(request, named).items() if name not in _ORDER}
     if request.task in ("txt2img", "upscale"):
         values["denoise_strength"] = None  # what a request without a picture to draw anew must not say
     return values
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, Picture):
-        return {"width": value.width, "height": value.height, "sha256": hashlib.sha256(value.data).hexdigest()}
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+def named(picture: Picture) -> dict[str, Any]:
+    """What stands for an input picture: its size and the SHA-256 of its RGB bytes."""
+    return {"width": picture.width, "height": picture.height, "sha256": hashlib.sha256(picture.data).hexdigest()}
 
 
 def _document(text: str | None, warnings: list[str]) -> dict[str, Any] | None:
@@ -114,7 +109,7 @@ def _restored(stored: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     for name, value in stored.items():
         if name not in known:
             warnings.append(f"`{name}` is left out: there is no such field here")
-        elif value is not None and value != _plain(known[name].default):
+        elif value is not None and value != plain(known[name].default, named):
             missing = list(_pictures(value, name))
             warnings += [f"`{place}` has to be sent again: {size}" for place, size in missing]
             if not _is_picture(value):

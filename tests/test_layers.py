@@ -35,6 +35,7 @@ TORCH_FREE_APP = tuple(
     for name in (
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
         *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
+        *("cache", "drawing", "origin", "replay", "results"),
     )
 )
 
@@ -48,8 +49,12 @@ MODELS_ORDER = (
 )
 APP_ORDER = (
     ("app.database", "app.migrations"),
-    ("app.router", "app.jobs", "app.stores", "app.keys"),
+    ("app.router", "app.jobs", "app.stores", "app.keys", "app.origin"),
+    ("app.cache",),
+    ("app.results",),
+    ("app.drawing",),
     ("app.service",),
+    ("app.replay",),
     ("app.dialects",),
     ("app.ingress", "app.replica", "app.upscaler", "app.job_runner"),
     ("app.main",),

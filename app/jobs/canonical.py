@@ -9,7 +9,7 @@ from models.images import ImageFormat, Picture
 from models.parts import Upscale
 from models.request import EffectiveRequest
 
-UPSCALE = "upscale"  # the kind of job that enlarges; all others draw
+UPSCALE = "upscale"  # the kind of job that an upscaler enlarges for, or a model, which draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ def from_json(values: Mapping[str, Any], found: Callable[[str], Picture] | None 
         return found(named["key"]) if found else Picture(width=named["width"], height=named["height"], data=b"")
 
     return document.read(values, picture)
+
+
+def is_upscale(values: Mapping[str, Any]) -> bool:
+    """Whether it is a picture to enlarge, and no request to draw."""
+    return "key" in values
 
 
 def upscale_to_json(request: UpscaleRequest) -> dict[str, Any]:

@@ -42,16 +42,21 @@ class Patience:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """All pictures of a request are there: what remains to be said of it. The last thing that `draw` tells."""
+    """All pictures of a request are there: what remains to be said of it. The last thing that `draw` tells.
+
+    `cached` pictures were drawn for an earlier request.
+    """
 
     id: str
     created: int
     revision: str
     total_s: float
+    cached: bool = False
+    receipt_id: str | None = None
 
 
 DrawEvent = Progress | Finished | Drawn
-Draw = Callable[[EffectiveRequest], AsyncGenerator[DrawEvent, None]]
+Draw = Callable[[EffectiveRequest, bool], AsyncGenerator[DrawEvent, None]]  # and whether it may be one drawn before
 
 
 class Enlarge(Protocol):
@@ -74,7 +79,7 @@ class Maker:
         """
         owner = attempt.job.owner
         current.set(Caller(id=owner, name=owner, scopes=frozenset(), limits=Limits()))  # of this task alone
-        made = self._enlarged if attempt.job.kind == canonical.UPSCALE else self._drawn
+        made = self._enlarged if canonical.is_upscale(attempt.job.request["request"]) else self._drawn
         until = time.monotonic() + self._patience.model_s
         while True:
             try:
@@ -88,7 +93,8 @@ class Maker:
     async def _drawn(self, attempt: Attempt) -> Mapping[str, Any]:
         steps: dict[int, int] = {}
         request = await self._request(attempt)
-        async with aclosing(self._draw(request)) as events:
+        cache = bool(attempt.job.request.get("cache", False))
+        async with aclosing(self._draw(request, cache)) as events:
             async for event in events:
                 match event:
                     case Progress(index=index, step=step):

@@ -33,10 +33,14 @@ CheckAddress = Callable[[str, str], object]  # an address and the field that gav
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """How whoever submits a job hears of it: a webhook, pictures by address or in base64; and the idempotency key."""
+    """How whoever submits a job hears of it: a webhook, pictures by address or in base64; and the idempotency key.
+
+    With `cache` the pictures may be those of the same request of the same caller, drawn earlier.
+    """
 
     webhook: Webhook | None = None
     response: Response = "url"
+    cache: bool = True
     idempotency: Idempotency | None = None
 
 
@@ -74,7 +78,11 @@ class Jobs:
             owner=current.get().id,
             model=request.model,
             kind=kind,
-            request={"response": delivery.response, "request": canonical.to_json(request, keys)},
+            request={
+                "response": delivery.response,
+                "cache": delivery.cache,
+                "request": canonical.to_json(request, keys),
+            },
             inputs=folder if keys else None,
             priority=_PRIORITIES[request.priority],
             deadline_s=request.deadline_s,

@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
+from app.secret import derive, read_or_make
 from app.settings import FolderSettings, S3Settings
 from app.stores.links import Links
 from app.stores.store import Store
+
+
+def signing_secret(secret_file: str) -> bytes:
+    """What signs the addresses of pictures, from the server's secret."""
+    return derive(read_or_make(Path(secret_file)), "pictures")
 
 
 def opened(settings: FolderSettings | S3Settings, secret: bytes) -> Store:

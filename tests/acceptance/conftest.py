@@ -44,12 +44,14 @@ class Server:
     dashboard: str
 
     def post(self, **body: Any) -> httpx2.Response:
-        return httpx2.post(f"{self.address}/v1/generate", json={"prompt": "a red circle"} | body, timeout=300)
+        """The answer to a request, which is drawn unless it says otherwise."""
+        request = {"prompt": "a red circle", "cache": False} | body
+        return httpx2.post(f"{self.address}/v1/generate", json=request, timeout=300)
 
     @contextmanager
     def stream(self, **body: Any) -> Iterator[Iterator[Event]]:
         """The events of a request. Leaving the block closes the connection."""
-        request = {"prompt": "a red circle", "stream": True, "preview_every": 0} | body
+        request = {"prompt": "a red circle", "cache": False, "stream": True, "preview_every": 0} | body
         with httpx2.stream("POST", f"{self.address}/v1/generate", json=request, timeout=300) as answer:
             assert answer.status_code == 200, answer.read()
             yield _events(answer.iter_lines())

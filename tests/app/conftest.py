@@ -12,6 +12,7 @@ import pytest
 
 from app import ingress
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.origin import Needs, Origin
 from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
 from models import png
@@ -29,6 +30,7 @@ CARDS = {
 }
 ADAPTERS = (AdapterDescription(name="moon", kind="lora", models=("sd15",), base="sd15", sha256="ab" * 32, bytes=1234),)
 UPSCALER = UpscalerCard(names=("lanczos", "2x"), default="2x", max_output_pixels=1024 * 1024)
+ORIGIN = Origin(revision="abc", device="cpu", dtype="float32", versions={"torch": "2"}, adapters={})
 TIMINGS = Timings(queued_s=0.1, encode_s=0.2, denoise_s=0.3, decode_s=0.4)
 
 
@@ -50,6 +52,7 @@ class MemoryRouter:
     def __init__(self):
         self.requests: list[EffectiveRequest] = []
         self.upscales: list[Upscale] = []
+        self.drawn_from = ORIGIN
         self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
         self.refusal: HeliographError | None = None
         self.failure: HeliographError | None = None
@@ -62,6 +65,9 @@ class MemoryRouter:
 
     async def state(self, model: str) -> ModelState:
         return self.states[model]
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None:
+        return self.drawn_from if self.states[model] == "ready" else None
 
     async def end(self, ending: Ending, id: str) -> bool:
         if id in self.running:
@@ -76,9 +82,10 @@ class MemoryRouter:
             if self.refusal:
                 yield Failed(error=self.refusal)
                 return
-            yield Admitted(waiting=2, revision="abc")
+            yield Admitted(waiting=2, origin=self.drawn_from)
             if progress:
-                yield Progress(index=0, step=1, steps=request.steps, forward=1, rows=2, preview=b"jpeg")
+                steps = request.steps
+                yield Progress(index=0, step=steps, steps=steps, forward=1, rows=2, preview=b"jpeg")
             if self.failure:
                 yield Failed(error=self.failure)
                 return
@@ -119,7 +126,7 @@ class MemoryRouter:
             format=request.output_format,
             width=request.width,
             height=request.height,
-            revision="abc",
+            revision=self.drawn_from.revision,
             timings=replace(TIMINGS, upscale_s=0.5) if request.upscale else TIMINGS,
             prompts={"prompt": PromptReport(tokens=2, chunks=1, truncated="")},
             warnings=("prompt truncated",) if "truncate" in request.prompt else (),

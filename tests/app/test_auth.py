@@ -16,11 +16,12 @@ from app import ingress
 from app.auth import Guard, scope, scope_of
 from app.database import Database
 from app.dialects import names
+from app.drawing import Accepted
 from app.keys.budgets import Budgets
 from app.keys.caller import ANONYMOUS, SCOPES, Caller, Limits, current
 from app.keys.registry import Keys
 from app.metered import Metered
-from app.service import Accepted, Service
+from app.service import Service
 from app.settings import AuthMode, FolderSettings, GatewaySettings
 from models.errors import Cancelled, HeliographError, NotFound, Unavailable
 from models.request import GenerationRequest

@@ -29,10 +29,12 @@ from app.keys.budgets import Budgets
 from app.keys.caller import Limits
 from app.keys.registry import Keys
 from app.metered import Metered
+from app.results import results
 from app.secret import derive, read_or_make
 from app.service import Service
 from app.settings import FetchSettings, FolderSettings, GatewaySettings, QueueSettings
 from app.webhooks.deliverer import Deliverer
+from models.card import ModelCard
 from models.errors import GenerationFailed
 from models.images import encode
 from tests.app.conftest import CARDS, UPSCALER, MemoryRouter
@@ -40,13 +42,21 @@ from tests.app.loopback import always, serving, until
 
 PACE = Pace(beat_s=0.05, look_s=0.01, backoff_s=(0.01, 0.01))
 DRAW: dict[str, Any] = {"prompt": "a red circle", "steps": 2, "async": True}
+X4 = ModelCard.read("x4", "sd_x4", "someone/x4", {"width": 512, "max_pixels": 256 * 256})
 PNG = encode(np.full((64, 64, 3), 9, np.uint8), "png")
 
 
 class House:
     """A gateway and a runner on one database."""
 
-    def __init__(self, folder: Path, router: MemoryRouter, keyed: bool = False, fetch: FetchSettings | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        router: MemoryRouter,
+        keyed: bool = False,
+        fetch: FetchSettings | None = None,
+        keeps: bool = False,
+    ):
         self.folder = folder
         self.database = Database(f"sqlite:///{folder / 'jobs.db'}")
         self.router, self.store = router, JobStore(self.database, Bounds(waiting=20, per_owner=10), payload)
@@ -65,9 +75,10 @@ class House:
         fetcher, outbox = Fetcher(fetch or FetchSettings()), Outbox(self.database)
         jobs = Jobs(self.store, pictures, metered.charge, fetcher.address)
         self.deliverer = Deliverer(outbox, fetcher)
-        service, behind = Service(metered, None, jobs, outbox), Service(router)
+        drawn = results.opened(settings, self.database) if keeps else None
+        service, behind = Service(metered, None, drawn, jobs, outbox), Service(router, None, drawn)
         for one in (service, behind):
-            one.offer(CARDS, "sd15", lambda: (), UPSCALER)
+            one.offer(CARDS | {"x4": X4}, "sd15", lambda: (), UPSCALER)
         guard = Guard("keys", self.keys, budgets) if keyed else None
         self.app = ingress.build(service, settings, lambda: asyncio.sleep(0, None), guard)
         self.runner = Runner("runner-1", self.store, Maker(self.store, pictures, drawing(behind), behind.upscale), PACE)
@@ -79,13 +90,17 @@ class House:
 
     def work(self) -> None:
         """From now on jobs are claimed."""
-        self.runner.offer(("sd15", "sdxl", "upscaler"))
+        self.runner.offer(("sd15", "sdxl", "x4", "upscaler"))
 
 
 async def opened(
-    folder: Path, router: MemoryRouter, keyed: bool = False, fetch: FetchSettings | None = None
+    folder: Path,
+    router: MemoryRouter,
+    keyed: bool = False,
+    fetch: FetchSettings | None = None,
+    keeps: bool = False,
 ) -> AsyncIterator[House]:
-    house = House(folder, router, keyed, fetch)
+    house = House(folder, router, keyed, fetch, keeps)
     await house.database.migrate()
     task = asyncio.create_task(house.runner.run())
     yield house
@@ -181,6 +196,7 @@ async def test_prefer_answers_with_the_job_as_it_stands_when_the_time_is_over(cl
         ("outpaint", {"image": PNG}, {"left": "8"}),
         ("variations", {"image": PNG}, {}),
         ("upscale", {"image": PNG}, {"scale": "2"}),
+        ("upscale", {"image": PNG}, {"model": "x4", "steps": "2"}),
     ],
 )
 async def test_every_way_to_draw_may_be_a_job(

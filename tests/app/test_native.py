@@ -108,7 +108,7 @@ async def test_a_stream_tells_queued_progress_image_done(client: httpx2.AsyncCli
     assert names == ["queued", "progress", "image", "image", "done"]
     assert queued["parameters"]["seed"] == 3
     assert progress == {
-        "index": 0, "step": 1, "steps": 25, "forward": 1, "rows": 2,
+        "index": 0, "step": 25, "steps": 25, "forward": 1, "rows": 2,
         "preview": {"format": "jpeg", "base64": base64.b64encode(b"jpeg").decode()},
     }  # fmt: skip
     assert [image["seed"] for image in images] == [3, 4]

@@ -16,7 +16,7 @@ from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Finished, Progress
 from models.request import EffectiveRequest, GenerationRequest
-from tests.app.conftest import CARDS, TIMINGS
+from tests.app.conftest import CARDS, ORIGIN, TIMINGS
 
 
 def finished(index: int) -> Finished:
@@ -29,7 +29,7 @@ def progress(index: int, step: int = 1) -> Progress:
     return Progress(index=index, step=step, steps=20, forward=1, rows=2)
 
 
-ADMITTED = Admitted(waiting=0, revision="r")
+ADMITTED = Admitted(waiting=0, origin=ORIGIN)
 
 
 class Response:

@@ -1,6 +1,7 @@
 """What this API answers: pictures, events, models, samplers, adapters."""
 
-from collections.abc import AsyncGenerator
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
@@ -10,8 +11,10 @@ from fastapi.responses import Response
 
 from app import wire
 from app.dialects.native.schemas import JSON
+from app.drawing import Accepted, GenerationResult, StreamEvent
 from app.errors import envelope
-from app.service import Accepted, AdapterDescription, GenerationResult, ModelDescription, StreamEvent
+from app.replay import Replay
+from app.service import AdapterDescription, ModelDescription
 from models import limits
 from models.errors import HeliographError
 from models.events import Finished, Progress, Timings
@@ -25,9 +28,17 @@ _OF_A_DRAWN_PICTURE = {"denoise_strength"}
 _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_padding", "paste_back"}
 
 
-def from_result(result: GenerationResult) -> dict[str, Any]:
-    """The JSON answer."""
-    return answer(result, [_image(image) for image in result.images])
+def from_result(result: GenerationResult, urls: Sequence[str] | None = None) -> dict[str, Any]:
+    """The JSON answer, with the pictures in base64 unless there are addresses of them."""
+    if urls is None:
+        return answer(result, [_image(image) for image in result.images])
+    placed = zip(result.images, urls, strict=True)
+    return answer(result, [_described(image) | {"url": url, "sha256": _sha256(image)} for image, url in placed])
+
+
+def cache_headers(cached: bool) -> dict[str, str]:
+    """Whether the pictures were there before they were asked for."""
+    return {"x-cache": "hit" if cached else "miss"}
 
 
 def answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, Any]:
@@ -35,6 +46,8 @@ def answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, 
     return {
         "id": result.id,
         "created": result.created,
+        "receipt_id": result.receipt_id,
+        "cached": result.cached,
         "model": result.request.model,
         "revision": result.revision,
         "images": images,
@@ -76,12 +89,12 @@ async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None
             yield wire.server_sent_event("error", envelope(error))
 
 
-async def response(result: GenerationResult, media_type: str) -> Response:
-    """A result as JSON, or as the picture itself where that is asked for."""
+async def response(result: GenerationResult, media_type: str, urls: Sequence[str] | None = None) -> Response:
+    """A result as JSON, with the addresses of its pictures where there are any, or as the picture itself."""
     if media_type != JSON:
         return _picture(result)
-    size = sum(len(image.data) for image in result.images)
-    return await wire.written(size, lambda: wire.json_response(from_result(result)))
+    size, headers = sum(len(image.data) for image in result.images), cache_headers(result.cached)
+    return await wire.written(size, lambda: wire.json_response(from_result(result, urls), headers))
 
 
 def _picture(result: GenerationResult) -> Response:
@@ -100,7 +113,33 @@ def _picture(result: GenerationResult) -> Response:
         "x-warnings": str(len(result.warnings)),
         "x-content-type-options": "nosniff",
     }
-    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers)
+    if result.receipt_id is not None:
+        headers["x-receipt-id"] = result.receipt_id
+    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers | cache_headers(result.cached))
+
+
+def from_receipt(receipt: Mapping[str, Any], urls: Sequence[str]) -> dict[str, Any]:
+    """A receipt, with the addresses of its pictures where they are kept."""
+    if not urls:
+        return dict(receipt)
+    images = [image | {"url": url} for image, url in zip(receipt["images"], urls, strict=True)]
+    return {**receipt, "images": images}
+
+
+def from_replay(receipt_id: str, replay: Replay) -> dict[str, Any]:
+    """What came of drawing again; `max_difference` is null where the first pictures are no longer there to compare."""
+    images = [
+        _image(one.image) | {"identical": one.identical, "max_difference": one.max_difference} for one in replay.images
+    ]
+    known = [one.max_difference for one in replay.images if one.max_difference is not None]
+    return {
+        "receipt_id": receipt_id,
+        "identical": all(one.identical for one in replay.images),
+        "max_difference": max(known) if len(known) == len(images) else None,
+        "changed": list(replay.changed),
+        "replay_receipt_id": replay.result.receipt_id,
+        "images": images,
+    }
 
 
 def from_model(model: ModelDescription) -> dict[str, Any]:
@@ -182,8 +221,16 @@ def _told(value: Any) -> Any:
 
 
 def _image(image: Finished) -> dict[str, Any]:
+    return _described(image) | {"base64": wire.encode_base64(image.data)}
+
+
+def _described(image: Finished) -> dict[str, Any]:
     values = {"index": image.index, "seed": image.seed, "format": image.format}
-    return values | {"width": image.width, "height": image.height, "base64": wire.encode_base64(image.data)}
+    return values | {"width": image.width, "height": image.height}
+
+
+def _sha256(image: Finished) -> str:
+    return hashlib.sha256(image.data).hexdigest()
 
 
 def _timings(timings: Timings, total_s: float) -> dict[str, float]:

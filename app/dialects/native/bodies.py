@@ -53,8 +53,9 @@ class Delivered(Wire):
         None, min_length=1, description="Which: start, output, logs, completed; completed when left out"
     )
     response: Literal["base64", "url"] | None = Field(
-        None, description="Pictures in the answer itself, or by address; a job's by address when left out"
+        None, description="Pictures in the JSON itself, or by address; a job's by address when left out, others' not"
     )
+    cache: bool = Field(True, description="Whether pictures of the very same request may be given again; needs a seed")
 
 
 class Borders(Wire):

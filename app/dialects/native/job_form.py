@@ -5,11 +5,11 @@ from typing import Any
 
 from app import wire
 from app.dialects.native import answers
+from app.drawing import GenerationResult
 from app.jobs import canonical, outputs
 from app.jobs.job import Job
 from app.jobs.service import Estimate, Jobs
 from app.jobs.states import State
-from app.service import GenerationResult
 from models.events import Finished
 
 _OF_AN_IMAGE = ("index", "seed", "width", "height", "format", "sha256")
@@ -69,6 +69,7 @@ def generation(job: Job, images: tuple[Finished, ...]) -> GenerationResult:
     assert job.result is not None
     request = canonical.from_json(job.request["request"])
     told = {name: job.result[name] for name in ("id", "created", "revision", "total_s")}
+    told |= {"cached": job.result.get("cached", False), "receipt_id": job.result.get("receipt_id")}
     return GenerationResult(request=request, images=tuple(sorted(images, key=lambda image: image.index)), **told)
 
 
@@ -85,6 +86,11 @@ def upscaling(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+async def by_address(jobs: Jobs, job: Job) -> dict[str, Any]:
+    """The answer of a job that has succeeded, with the addresses of its pictures."""
+    return _answered(job, [await image(jobs, output) for output in job.outputs])
+
+
 async def _result(jobs: Jobs, job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     """The answer that a synchronous request would have had, with pictures in the form that was asked for."""
     if job.request["response"] == "base64":
@@ -95,7 +101,7 @@ async def _result(jobs: Jobs, job: Job, images: list[dict[str, Any]]) -> dict[st
 
 def _answered(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     images = sorted(images, key=lambda image: image["index"])
-    if job.kind == canonical.UPSCALE:
+    if canonical.is_upscale(job.request["request"]):
         return upscaling(job, images)
     return answers.answer(generation(job, tuple(outputs.finished(output) for output in job.outputs)), images)
 

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
 from app.auth import scope
-from app.dialects.native import answers, drawing, forms, jobs, requests, upscale, webhooks
+from app.dialects.native import answering, answers, forms, jobs, receipts, requests, upscale, webhooks
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.service import Service
@@ -30,6 +30,7 @@ def routes(service: Service) -> APIRouter:
     _add_generate(router, service)
     _add_forms(router, service)
     upscale.add(router, service)
+    receipts.add(router, service)
     _add_lists(router, service)
     _add_requests(router, service)
     jobs.add(router, service)
@@ -105,7 +106,7 @@ async def _draw(request: Request, service: Service, body: Body, to_request: ToRe
     """What a body asks for, in the form that `async`, `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
     wanted = partial(_wanted, service, body, to_request, media_type)
-    return await drawing.answer(request, service, body, kind, media_type, wanted)
+    return await answering.answer(request, service, body, kind, media_type, wanted)
 
 
 async def _wanted(service: Service, body: Body, to_request: ToRequest[Body], media_type: str) -> GenerationRequest:

@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from app import wire
 from app.dialects.native import job_form
 from app.dialects.native.bodies import Delivered
+from app.dialects.native.schemas import JSON
 from app.errors import InFlight
 from app.jobs.failures import ended_by
 from app.jobs.job import Idempotency, Job, Submission, Webhook, fingerprint
@@ -44,9 +45,10 @@ def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | N
     if body.webhook_events is not None and body.webhook_url is None:
         raise InvalidRequest("webhook_events", "needs a webhook_url")
     if not body.asynchronous:
-        for field in ("webhook_url", "response"):
-            if getattr(body, field) not in (None, "base64"):
-                raise InvalidRequest(field, 'needs "async": true')
+        if body.webhook_url is not None:
+            raise InvalidRequest("webhook_url", 'needs "async": true')
+        if body.response == "url" and media_type != JSON:
+            raise InvalidRequest("response", f"`url` is for answers in JSON, and this one will be {media_type}")
         if key is None:
             return None
     webhook = None
@@ -54,7 +56,7 @@ def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | N
         webhook = Webhook(url=body.webhook_url, events=tuple(body.webhook_events or ("completed",)))
     response = body.response or ("url" if body.asynchronous else "base64")
     known = None if key is None else idempotency(request, key, {"accept": media_type, **_hashed(body.model_dump())})
-    return Delivery(webhook=webhook, response=response, idempotency=known)
+    return Delivery(webhook=webhook, response=response, cache=body.cache, idempotency=known)
 
 
 def idempotency(request: Request, key: str, body: Any) -> Idempotency:

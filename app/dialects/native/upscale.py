@@ -4,6 +4,7 @@ An upscaler enlarges it, or a model that draws it anew, at its own factor and wi
 """
 
 import asyncio
+import hashlib
 import time
 import uuid
 from functools import partial
@@ -14,7 +15,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app import links, wire
-from app.dialects.native import drawing, forms, job_form, requests, submission
+from app.dialects.native import answering, forms, job_form, requests, submission
 from app.dialects.native.bodies import Delivered, Encoded, OutputFormat, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
 from app.events import Upscaled
@@ -66,7 +67,7 @@ def add(router: APIRouter, service: Service) -> None:
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
         if body.model in service.upscaling_models:
             drawn = partial(_drawing, service, body, service.card(body.model), format)
-            return await drawing.answer(request, service, body, "upscale", media_type, drawn)
+            return await answering.answer(request, service, body, "upscale", media_type, drawn)
         wanted = to_upscale(body)
         delivery = submission.delivery(request, body, media_type)
         if delivery is not None:
@@ -78,13 +79,17 @@ def add(router: APIRouter, service: Service) -> None:
                 return await _kept(service, job, media_type)
 
             return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+        as_url = body.response == "url"
+        if as_url:
+            service.check_urls()
         picture = await wire.unless_disconnected(request, _picture(service, body))
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
         if media_type != JSON:
             return _bytes(upscaled)
+        url = await service.keep_upscaled(upscaled, wanted) if as_url else None
         total_s = time.monotonic() - started
         size = len(upscaled.data)
-        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, wanted.scale, total_s)))
+        return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, wanted.scale, total_s, url)))
 
 
 def to_request(body: UpscaleBody, card: ModelCard, picture: bytes, format: ImageFormat) -> GenerationRequest:
@@ -114,6 +119,8 @@ async def _picture(service: Service, body: UpscaleBody) -> bytes:
 
 async def _kept(service: Service, job: Job, media_type: str) -> Response:
     """The answer of a job that enlarged, as it would have been at once."""
+    if job.request["response"] == "url":
+        return wire.json_response(await job_form.by_address(service.jobs, job))
     [output] = job.outputs
     names = ("format", "width", "height", "model")
     upscaled = Upscaled(data=await service.jobs.data(output["key"]), **{name: output[name] for name in names})
@@ -124,14 +131,17 @@ async def _kept(service: Service, job: Job, media_type: str) -> Response:
     return wire.json_response(job_form.upscaling(job, [image | {"base64": encoded}]))
 
 
-def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
-    """The JSON answer."""
+def from_upscaled(upscaled: Upscaled, scale: float, total_s: float, url: str | None = None) -> dict[str, Any]:
+    """The JSON answer, with the picture in base64 unless there is an address of it."""
+    picture = {"base64": wire.encode_base64(upscaled.data)}
+    if url is not None:
+        picture = {"url": url, "sha256": hashlib.sha256(upscaled.data).hexdigest()}
     image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
     return {
         "id": uuid.uuid4().hex,
         "created": int(time.time()),
         "model": upscaled.model,
-        "images": [image | {"base64": wire.encode_base64(upscaled.data)}],
+        "images": [image | picture],
         "parameters": {"scale": scale},
         "timings": {"total": round(total_s, 4)},
     }

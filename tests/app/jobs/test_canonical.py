@@ -50,6 +50,7 @@ EVERYTHING = EffectiveRequest(
     mask_region="masked",
     mask_padding=3,
     paste_back=False,
+    noise_level=5,
     outpaint=Outpaint(left=8),
     hires=Hires(scale=1.5, steps=2, denoise_strength=0.5, upscaler="lanczos"),
     stop_at_step=2,

@@ -144,7 +144,7 @@ async def test_the_heartbeat_keeps_the_lease_and_tells_the_progress(
     async with running(store, make):
         job = await submit(store, pictures)
         found = await until(lambda: store.get(job.id, None), lambda found: found.progress is not None)
-        assert (found.progress.done, found.progress.total) == (1, 2)
+        assert (found.progress.done, found.progress.total) == (2, 2)
         await asyncio.sleep(1.5 * PACE.lease_s)
         assert (await store.get(job.id, None)).attempt == 1
         router.gate.set()

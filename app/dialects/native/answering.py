@@ -25,15 +25,19 @@ async def answer(
 
     `wanted` reads the request out of the body: not for one whose job is there already, by its idempotency key.
     """
-    delivery = submission.delivery(request, body, media_type)
+    delivery, as_urls = submission.delivery(request, body, media_type), body.response == "url"
     if delivery is not None:
         submit = partial(_submit, service, kind, wanted)
         at_once = partial(_kept, service, media_type)
         return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+    if as_urls:
+        service.check_urls()
     drawing = await wire.unless_disconnected(request, _awaited(wanted()))
     if media_type == EVENTS:
-        return await wire.unless_disconnected(request, _stream(service, drawing))
-    return await answers.response(await wire.unless_disconnected(request, service.generate(drawing)), media_type)
+        return await wire.unless_disconnected(request, _stream(service, drawing, body.cache))
+    generating = service.generate(drawing, cache=body.cache, urls=as_urls)
+    result = await wire.unless_disconnected(request, generating)
+    return await answers.response(result, media_type, await service.urls(result) if as_urls else None)
 
 
 async def _submit(service: Service, kind: str, wanted: Wanted, delivery: Delivery) -> Submission:
@@ -42,12 +46,15 @@ async def _submit(service: Service, kind: str, wanted: Wanted, delivery: Deliver
 
 async def _kept(service: Service, media_type: str, job: Job) -> Response:
     """The answer of a job that drew, as it would have been at once."""
+    if job.request["response"] == "url":
+        told = await job_form.by_address(service.jobs, job)
+        return wire.json_response(told, answers.cache_headers(told["cached"]))
     return await answers.response(job_form.generation(job, await service.jobs.pictures(job)), media_type)
 
 
-async def _stream(service: Service, wanted: GenerationRequest) -> Response:
+async def _stream(service: Service, wanted: GenerationRequest, cache: bool) -> Response:
     """Waits until a replica has taken the request on, so that a refusal is a status and not an event."""
-    events = service.stream(wanted)
+    events = service.stream(wanted, cache=cache)
     return wire.EventStream(answers.from_events(await anext(events), events))
 
 

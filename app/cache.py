@@ -1,0 +1,80 @@
+"""Which requests draw the same, and how those under way at the same time are drawn once."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import orjson
+
+from app.origin import Origin
+from models import document
+from models.errors import GenerationFailed
+from models.metadata import named
+from models.request import EffectiveRequest, GenerationRequest
+from models.upscaler_card import LANCZOS
+
+T = TypeVar("T")
+
+_ORDER = ("priority", "deadline_s", "preview_every")  # how it was ordered, not what it shows
+PATIENCE_S = 600.0
+
+
+def is_repeatable(request: GenerationRequest) -> bool:
+    """Whether the caller has said everything that decides the pictures, so that they may be given out again.
+
+    Not with an upscaling network, whose weights nobody hashes.
+    """
+    varied = request.variation_strength > 0 and request.variation_seed is None
+    enlarged = request.upscale is not None and request.upscale.model != LANCZOS
+    return request.seed is not None and not varied and not enlarged
+
+
+def fingerprint(request: EffectiveRequest, origin: Origin | None = None) -> str:
+    """The same for requests that draw the same: SHA-256 over every parameter, input pictures by their hashes.
+
+    With an origin also over the weights: those of the model, and of what the request puts on it.
+    """
+    told = {name: value for name, value in document.write(request, named).items() if name not in _ORDER}
+    weights = None if origin is None else [origin.revision, dict(origin.adapters)]
+    return hashlib.sha256(orjson.dumps([told, weights], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+async def fingerprint_aside(request: EffectiveRequest, origin: Origin | None = None) -> str:
+    """The same, in a thread where there are input pictures to hash, which may be large."""
+    if any(document.pictures(request)):
+        return await asyncio.to_thread(fingerprint, request, origin)
+    return fingerprint(request, origin)
+
+
+class Flights(Generic[T]):
+    """Work under way in this process, by what it is about."""
+
+    def __init__(self):
+        self._flights: dict[str, asyncio.Future[T]] = {}
+
+    async def join(
+        self, about: str, work: Callable[[], Awaitable[T]], patience_s: float = PATIENCE_S
+    ) -> tuple[T, bool]:
+        """What the work gives, and whether somebody else has done it: of those who ask at a time, one works.
+
+        Whoever works and fails or is cancelled is alone in that: the next of those who wait begins anew. Raises
+        GenerationFailed for who has waited for so long, and what their own work raises.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                while about in self._flights:
+                    flight = self._flights[about]
+                    await asyncio.wait({flight})
+                    if not flight.cancelled():
+                        return flight.result(), True
+        except TimeoutError as late:
+            raise GenerationFailed("deadline", "the pictures were not finished in time") from late
+        flight = self._flights[about] = asyncio.get_running_loop().create_future()
+        try:
+            result = await work()
+            flight.set_result(result)
+            return result, False
+        finally:
+            del self._flights[about]
+            flight.cancel()

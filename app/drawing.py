@@ -1,0 +1,192 @@
+"""From a request in which everything is decided to its pictures: found among those that are kept, or drawn and kept."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from app.cache import fingerprint_aside
+from app.events import Admitted, ReplicaEvent
+from app.keys.caller import current
+from app.origin import Needs, Origin
+from app.results import receipt as receipts
+from app.results.keeping import keep
+from app.results.receipt import Drawn
+from app.results.results import Results
+from models.errors import GenerationFailed, NotFound, Unavailable
+from models.events import Failed, Finished, Progress, Timings
+from models.request import EffectiveRequest
+
+LOOKUP_S = 2.0  # for a picture that is kept, before it is drawn anew
+
+
+class Replicas(Protocol):
+    """Brings a request to a replica of its model, and the replica's events back; tells where pictures come from."""
+
+    def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]: ...
+
+    async def origin(self, model: str, needs: Needs) -> Origin | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """A replica has taken the request on; the first thing a stream says."""
+
+    id: str
+    created: int
+    request: EffectiveRequest
+    revision: str
+    waiting: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """All pictures of a request in order, and how they came about; the last thing a stream says.
+
+    `cached` pictures were drawn for an earlier request of the same caller, or for one at the same time; others have an
+    `origin`. `keys` are those of the pictures in the store, where they were stored; `fault` is what kept the receipt or
+    the pictures from being kept.
+    """
+
+    id: str
+    created: int
+    request: EffectiveRequest
+    revision: str
+    images: tuple[Finished, ...]
+    total_s: float
+    cached: bool = False
+    origin: Origin | None = None
+    receipt_id: str | None = None
+    keys: tuple[str, ...] = ()
+    fault: Unavailable | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The pictures' warnings, each once, and what could not be kept."""
+        found = dict.fromkeys(warning for image in self.images for warning in image.warnings)
+        return (*found, *([f"the result is not kept whole: {self.fault.message}"] if self.fault else []))
+
+    @property
+    def timings(self) -> Timings:
+        """The longest that any picture spent in each stage."""
+        spent = [image.timings for image in self.images]
+        return Timings(
+            queued_s=max(t.queued_s for t in spent),
+            encode_s=max(t.encode_s for t in spent),
+            denoise_s=max(t.denoise_s for t in spent),
+            decode_s=max(t.decode_s for t in spent),
+            upscale_s=max((t.upscale_s for t in spent if t.upscale_s is not None), default=None),
+        )
+
+
+StreamEvent = Accepted | Progress | Finished | GenerationResult
+
+
+class Drawing:
+    """The way to the replicas, and to what they have drawn before for the same caller."""
+
+    def __init__(self, replicas: Replicas, results: Results | None):
+        self._replicas, self._results = replicas, results
+
+    async def events(
+        self, wanted: EffectiveRequest, progress: bool, again: bool, urls: bool
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """What happens to a request: it is found, where that is allowed `again`, or drawn and kept."""
+        found = await self._found(wanted) if again else None
+        if found is None:
+            async with aclosing(self._draw(wanted, progress)) as events:
+                async for event in events:
+                    if isinstance(event, GenerationResult):
+                        event = await self._kept(event, again and _is_what_was_asked(event, wanted), urls)
+                    yield event
+            return
+        yield Accepted(id=found.id, created=found.created, request=wanted, revision=found.revision, waiting=0)
+        for image in found.images:
+            yield image
+        yield found
+
+    async def _draw(self, wanted: EffectiveRequest, progress: bool) -> AsyncGenerator[StreamEvent, None]:
+        started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
+        images: dict[int, Finished] = {}
+        steps: dict[int, Progress] = {}
+        planned: dict[int, int] = {}  # steps of each picture, before anybody ends it
+        origin: Origin | None = None
+        async with aclosing(self._replicas.generate(wanted, progress, id)) as events:
+            async for event in events:
+                match event:
+                    case Admitted(waiting=waiting, origin=origin):
+                        revision = origin.revision
+                        yield Accepted(id=id, created=created, request=wanted, revision=revision, waiting=waiting)
+                    case Failed(error=error):
+                        raise error
+                    case Finished(index=index):
+                        images[index] = event
+                        yield event
+                    case Progress(index=index):
+                        steps[index] = event
+                        planned.setdefault(index, event.steps)
+                        yield event
+                if len(images) == wanted.samples:
+                    break
+        if len(images) < wanted.samples:
+            raise GenerationFailed("engine_fault", "the engine ended the request without all of its pictures")
+        yield GenerationResult(
+            id=id,
+            created=created,
+            request=_as_ended(wanted, steps, planned),
+            revision=images[0].revision,
+            images=tuple(images[index] for index in sorted(images)),
+            total_s=time.monotonic() - started,
+            origin=origin,
+        )
+
+    async def _found(self, wanted: EffectiveRequest) -> GenerationResult | None:
+        """The pictures of the same request that are kept. Where they cannot be had at once, drawing does without."""
+        started = time.monotonic()
+        if self._results is None or not self._results.stores:
+            return None
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                origin = await self._replicas.origin(wanted.model, Needs.of(wanted))
+                if origin is None:
+                    return None
+                about = await fingerprint_aside(wanted, origin)
+                result = await self._results.find(current.get().id, about)
+                if result is None:
+                    return None
+                files = await self._results.files(result)
+        except (TimeoutError, Unavailable, NotFound):
+            return None
+        return GenerationResult(
+            id=uuid.uuid4().hex,
+            created=int(time.time()),
+            request=wanted,
+            revision=origin.revision,
+            images=receipts.images(result.receipt, files),
+            total_s=time.monotonic() - started,
+            cached=True,
+            receipt_id=result.id,
+            keys=result.keys,
+        )
+
+    async def _kept(self, result: GenerationResult, again: bool, urls: bool) -> GenerationResult:
+        if self._results is None or result.origin is None:
+            return result
+        drawn = Drawn(request=result.request, origin=result.origin, images=result.images)
+        kept = await keep(self._results, current.get().id, drawn, again=again, pictures=urls)
+        return replace(result, **vars(kept))
+
+
+def _is_what_was_asked(result: GenerationResult, wanted: EffectiveRequest) -> bool:
+    """Not where it was ended early, nor where a replica died and others finished it with other weights."""
+    revisions = {image.revision for image in result.images}
+    return result.request == wanted and result.origin is not None and revisions == {result.origin.revision}
+
+
+def _as_ended(request: EffectiveRequest, steps: Mapping[int, Progress], planned: Mapping[int, int]) -> EffectiveRequest:
+    """The request that draws what was drawn: one that somebody has ended early stops at the step it has come to."""
+    reached = [progress.step for index, progress in steps.items() if progress.step < planned[index]]
+    return replace(request, stop_at_step=max(reached)) if reached else request

@@ -1,0 +1,1 @@
+"""Finished generations: receipts, the pictures behind them, and how long they are kept."""

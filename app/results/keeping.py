@@ -1,0 +1,51 @@
+"""From a finished drawing to a kept result, as far as database and store allow: an answer is not lost with them."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from app.cache import fingerprint_aside
+from app.events import Upscaled
+from app.results import receipt as receipts
+from app.results.receipt import Drawn
+from app.results.results import Results, new_id
+from models.errors import Unavailable
+from models.parts import Upscale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What has become of a result: its receipt's id, its pictures' keys, and why one of them is missing."""
+
+    receipt_id: str | None = None
+    keys: tuple[str, ...] = ()
+    fault: Unavailable | None = None
+
+
+async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictures: bool) -> Kept:
+    """Keeps a receipt with the input pictures it needs, and the pictures where they are to be given out `again`, to who
+    sends the same request, or where `pictures` asks for it."""
+    id, keys, fault = new_id(), (), None
+    try:
+        if results.stores and (again or pictures):
+            keys = await results.put(id, drawn.images)
+        if results.stores:
+            await results.put_inputs(id, drawn.request)
+    except Unavailable as full:
+        fault = full
+    about = await fingerprint_aside(drawn.request, drawn.origin) if again and keys else None
+    receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
+    try:
+        await results.record(owner, receipt, keys, about)
+    except Unavailable as away:
+        return Kept(fault=away)
+    return Kept(receipt_id=id, keys=keys, fault=fault)
+
+
+async def keep_enlarged(results: Results, owner: str, enlarged: Upscaled, wanted: Upscale) -> tuple[str, ...]:
+    """Keeps a picture that was enlarged, and gives its key. Raises Unavailable."""
+    id = new_id()
+    keys = await results.put(id, [enlarged])
+    receipt = await asyncio.to_thread(receipts.compose_enlarged, id, int(time.time()), enlarged, wanted)
+    await results.record(owner, receipt, keys)
+    return keys

@@ -1,0 +1,52 @@
+"""Requests as JSON documents and back, over every field."""
+
+from dataclasses import fields
+from typing import Any
+
+import orjson
+import pytest
+
+from models import document
+from models.card import ModelCard
+from models.errors import InvalidRequest
+from models.images import Picture
+from models.metadata import named
+from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.request import EffectiveRequest, GenerationRequest
+
+CARD = ModelCard(name="sd15", family="sd", width=128, height=128, max_pixels=1024 * 1024)
+GREY, BLACK = (Picture(width=128, height=128, data=bytes([value]) * (3 * 128 * 128)) for value in (128, 0))
+
+
+def there_and_back(request: EffectiveRequest) -> EffectiveRequest:
+    pictures = {named(one)["sha256"]: one for one in document.pictures(request)}
+    told = orjson.loads(orjson.dumps(document.write(request, named)))
+    assert [name["sha256"] for name in document.names(told)] == [*pictures]
+    return document.read(told, lambda name: pictures[name["sha256"]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": "a red circle"},
+        {"prompt": "x", "image": GREY, "mask": BLACK, "mask_fill": "noise", "mask_region": "masked", "mask_blur": 9},
+        {"prompt": "x", "image": GREY, "outpaint": Outpaint(left=64, top=8), "upscale": Upscale(scale=3.0)},
+        {"prompt": "x", "hires": Hires(scale=1.5), "adapters": (AdapterUse(name="moon", weight=-0.5),), "seed": 2**40},
+        {"prompt": "x", "controls": (ControlUse(name="canny", image=BLACK, end=0.5, preprocessor="canny"),)},
+    ],
+)
+def test_a_request_comes_back_as_it_was(options: dict[str, Any]):
+    request = GenerationRequest(model="sd15", **options).resolve(CARD)
+    assert there_and_back(request) == request
+
+
+def test_every_field_is_in_the_document():
+    told = document.write(GenerationRequest(model="sd15", prompt="x").resolve(CARD), named)
+    assert {*told} == {field.name for field in fields(EffectiveRequest)}
+
+
+def test_a_field_that_nobody_knows_is_named():
+    told = document.write(GenerationRequest(model="sd15", prompt="x").resolve(CARD), named)
+    with pytest.raises(InvalidRequest) as refused:
+        document.read({**told, "style": "cubist"}, lambda _: GREY)
+    assert refused.value.field == "style"
