@@ -1,0 +1,26 @@
+"""A short run of the fault harness: each kind of fault once against a real server, and every invariant holds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.acceptance.conftest import ROOT
+from tests.faults.log import EndJob, Injected, read
+from tests.faults.plan import KILLS
+from tests.faults.system import processes_of
+
+KINDS = {*KILLS, "database", "disk"}
+
+
+def test_nothing_is_lost_while_each_part_fails_once(tmp_path: Path):
+    folder = tmp_path / "run"
+    options = {"faults": len(KINDS), "jobs": 14, "seed": 4, "every": 1.5, "outage": 2, "rest": 0, "out": folder}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.faults", *words], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    events = read(folder / "events.jsonl")
+    assert {event.kind for event in events if isinstance(event, Injected)} == KINDS
+    assert len([event for event in events if isinstance(event, EndJob)]) == 14
+    assert not processes_of(folder), "the harness leaves processes behind"

@@ -1,0 +1,114 @@
+"""How everything stands at the end: the rows of the database, the pictures, and each beside its undisturbed twin."""
+
+import asyncio
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sqlalchemy import Row, func, select
+
+from app.database import Database
+from app.jobs.states import TERMINAL, State
+from app.jobs.tables import PENDING, deliveries, events, jobs
+from tests.faults.client import Clients
+from tests.faults.log import Change, EndDelivery, EndJob, EndPicture, Log
+from tests.faults.plan import PlannedJob
+
+POLL_S = 1.0
+AT_ONCE = 4  # pictures that are compared at a time
+
+
+async def settled(database: Database) -> None:
+    """Waits until every job has come to its end and every webhook is delivered or dead."""
+    going = select(func.count()).where(jobs.c.state.not_in(sorted(TERMINAL)))
+    pending = select(func.count()).where(PENDING)
+    while await database.read(lambda c: c.scalar(going)) or await database.read(lambda c: c.scalar(pending)):
+        await asyncio.sleep(POLL_S)
+
+
+async def write_rows(database: Database, log: Log) -> list[EndJob]:
+    """Tells the log every job and every webhook there is; gives the jobs."""
+    told = await database.read(lambda c: c.execute(select(events).order_by(events.c.job_id, events.c.seq)))
+    changes: dict[str, list[Change]] = {}
+    for row in told:
+        change = Change(seq=row.seq, at=row.at, kind=row.kind, data=row.data)
+        changes.setdefault(row.job_id, []).append(change)
+    rows = await database.read(lambda c: c.execute(select(jobs).order_by(jobs.c.id)))
+    ended = [_end_of(row, changes.get(row.id, [])) for row in rows]
+    for job in ended:
+        log.write(job)
+    for row in await database.read(lambda c: c.execute(select(deliveries).order_by(deliveries.c.id))):
+        delivery = EndDelivery(
+            webhook_id=row.id, job_id=row.job_id, event=row.event, state=row.state, attempts=row.attempts
+        )
+        log.write(delivery)
+    return ended
+
+
+def _end_of(row: Row[Any], changes: Sequence[Change]) -> EndJob:
+    return EndJob(
+        job_id=row.id,
+        owner=row.owner,
+        model=row.model,
+        priority=row.priority,
+        state=State(row.state),
+        seed=row.request["request"]["seed"],
+        attempt=row.attempt,
+        deaths=row.deaths,
+        error=None if row.error is None else row.error["code"],
+        webhook=row.webhook is not None,
+        result=row.result is not None,
+        changes=tuple(changes),
+    )
+
+
+async def write_pictures(ended: Sequence[EndJob], planned: Sequence[PlannedJob], clients: Clients, log: Log) -> None:
+    """Fetches every picture of the jobs that succeeded, and draws each anew beside it."""
+    by_seed: Mapping[int, PlannedJob] = {job.seed: job for job in planned}
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def compare(job: EndJob) -> None:
+        async with places:
+            await _compare(job, by_seed[job.seed], clients, log)
+
+    async with asyncio.TaskGroup() as tasks:
+        for job in ended:
+            if job.state is State.SUCCEEDED and job.seed in by_seed:
+                tasks.create_task(compare(job))
+
+
+async def _compare(job: EndJob, plan: PlannedJob, clients: Clients, log: Log) -> None:
+    alone = {image["seed"]: image["base64"] for image in await clients.drawn_alone(plan)}
+    for image in (await clients.look(plan, job.job_id)).get("images", []):
+        data = await clients.picture(image["url"])
+        pixels = None if data is None else decoded(data)
+        twin = decoded(base64.b64decode(alone.get(image["seed"], "")))
+        picture = EndPicture(
+            job_id=job.job_id,
+            index=image["index"],
+            recorded=image["sha256"],
+            found=None if data is None else hashlib.sha256(data).hexdigest(),
+            decodes=pixels is not None,
+            difference=None if pixels is None or twin is None else difference(pixels, twin),
+        )
+        log.write(picture)
+
+
+def decoded(data: bytes) -> np.ndarray | None:
+    """The pixels, (height, width, 3); None for what is no whole picture."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError:
+        return None
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int | None:
+    """The largest of any pixel's channels; None for pictures of different sizes."""
+    if one.shape != other.shape:
+        return None
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
