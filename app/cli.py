@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
 from models.errors import HeliographError, InvalidRequest
@@ -26,6 +27,7 @@ app = typer.Typer(
 models_app = typer.Typer(no_args_is_help=True, help="What the models are and what each can do.")
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(jobs_app, name="jobs")
 console = Console(stderr=True)
 
 ADDRESS = "http://127.0.0.1:8000"
@@ -101,6 +103,9 @@ def generate(
     ),
     address: Address = ADDRESS,
     local: Local = False,
+    asynchronous: Annotated[
+        bool, typer.Option("--async", help="Print a job's id at once; the server draws and keeps the pictures.")
+    ] = False,
     config: Config = DEFAULT_CONFIG,
     **options: Any,
 ) -> None:
@@ -109,7 +114,18 @@ def generate(
     The picture's format is the file's: .png, .jpg, .webp or .avif.
     """
     body = {"prompt": prompt, "output_format": _format(output)} | to_body(options)
+    if asynchronous:
+        _submit(body, local, address)
+        return
     _save(_generate(body, address, local, config), output)
+
+
+def _submit(body: dict[str, Any], local: bool, address: str) -> None:
+    from app import client
+
+    if local:
+        raise InvalidRequest("async", "needs a server: leave out --local")
+    print(client.Client(address).submit(body)["job_id"])
 
 
 def _generate(body: dict[str, Any], address: str, local: bool, config: Path) -> Iterator[Any]:

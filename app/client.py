@@ -5,6 +5,7 @@ import json
 import queue
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 
@@ -15,6 +16,7 @@ from models.images import MEDIA_TYPES, ImageFormat
 from models.parts import Upscale
 
 REQUEST_TIMEOUT_S = 900.0  # a model that sleeps has to wake first
+ANSWER_TIMEOUT_S = 90.0  # of what draws nothing; a job may be waited for, for a minute
 
 
 class ServerSaid(HeliographError):
@@ -75,12 +77,37 @@ class Client:
             raise _refusal(answer)
         return answer.content
 
+    def submit(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Has a job made of a request to draw. Raises ServerSaid or Unreachable."""
+        return self._ask("POST", "/v1/generate", json=body | {"async": True})
+
+    def jobs(self, filters: dict[str, Any]) -> list[dict[str, Any]]:
+        """The newest jobs that fit."""
+        return self._ask("GET", "/v1/jobs", params=filters)["jobs"]
+
+    def job(self, id: str, wait_s: int | None = None) -> dict[str, Any]:
+        """One job, once it has finished or so many seconds are over."""
+        prefer = {} if wait_s is None else {"prefer": f"wait={wait_s}"}
+        return self._ask("GET", f"/v1/jobs/{quote(id, safe='')}", headers=self._headers | prefer)
+
+    def cancel_job(self, id: str) -> dict[str, Any]:
+        """Ends a job."""
+        return self._ask("POST", f"/v1/jobs/{quote(id, safe='')}/cancel")
+
+    def retry_job(self, id: str) -> dict[str, Any]:
+        """The job that tries another one again."""
+        return self._ask("POST", f"/v1/jobs/{quote(id, safe='')}/retry")
+
     def _get(self, path: str) -> dict[str, Any]:
+        return self._ask("GET", path)
+
+    def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        options = {"headers": self._headers, "timeout": ANSWER_TIMEOUT_S} | options
         try:
-            answer = httpx2.get(self._address + path, headers=self._headers, timeout=30)
+            answer = httpx2.request(method, self._address + path, **options)
         except httpx2.HTTPError as gone:
             raise self._unreachable(gone) from gone
-        if answer.status_code != 200:
+        if answer.status_code not in (200, 202):
             raise _refusal(answer)
         return answer.json()
 

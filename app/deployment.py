@@ -11,10 +11,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from app.settings import (
+    JOBS_APPLICATION,
+    RUNNER_DEPLOYMENT,
     UPSCALER_APPLICATION,
     CatalogueSettings,
     GatewaySettings,
     ModelSettings,
+    RunnerSettings,
     Strict,
     UpscalerSettings,
     explain,
@@ -24,6 +27,7 @@ from models.errors import InvalidRequest
 GATEWAY_IMPORT = "app.main:gateway"
 MODEL_IMPORT = "app.main:model"
 UPSCALER_IMPORT = "app.main:upscaler"
+JOBS_IMPORT = "app.main:jobs"
 
 
 class HttpOptions(Strict):
@@ -122,6 +126,7 @@ class Deployment(Strict):
                     "same settings; share them by a YAML anchor"
                 )
         self._check_upscaler()
+        self._check_jobs()
         return self
 
     def _check_upscaler(self) -> None:
@@ -133,6 +138,23 @@ class Deployment(Strict):
                 f"the gateway offers an upscaler, but no application {UPSCALER_APPLICATION} runs it with the same "
                 "settings; share them by a YAML anchor"
             )
+
+    def _check_jobs(self) -> None:
+        """Whoever takes jobs and whoever works on them use the same database and store, and know the same models."""
+        found = [a for a in self.applications if a.import_path == JOBS_IMPORT]
+        names = [a.name for a in found]
+        if names != ([JOBS_APPLICATION] if self.gateway.jobs else []):
+            raise ValueError(
+                f"one application named {JOBS_APPLICATION} works on jobs where the gateway takes `jobs`, and none where "
+                f"it does not; there are {names}"
+            )
+        for runner in found:
+            settings = RunnerSettings.model_validate(runner.args)
+            for field in ("database", "secret_file", "store", "fetch"):
+                if getattr(settings, field) != getattr(self.gateway, field):
+                    raise ValueError(f"{runner.name} and the gateway must have the same {field}; share it by an anchor")
+            if CatalogueSettings.model_validate(runner.user_config(RUNNER_DEPLOYMENT)) != self.catalogue:
+                raise ValueError(f"{runner.name} and the gateway must have the same user_config; share it by an anchor")
 
 
 def _is_loopback(host: str) -> bool:

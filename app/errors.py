@@ -41,6 +41,14 @@ class Forbidden(HeliographError):
     """This is not allowed to who asks."""
 
 
+class InFlight(Overloaded):
+    """A request with this idempotency key is being worked on. Send it again after `retry_after_s` seconds."""
+
+
+class ReplicaDied(GenerationFailed):
+    """The replica died while it worked on the request."""
+
+
 class BudgetSpent(Overloaded):
     """This key has used up what it may have for now. Try again after `retry_after_s` seconds.
 
@@ -74,6 +82,7 @@ _STATUS: tuple[tuple[type[HeliographError], int, str], ...] = (
     (Unauthenticated, 401, "unauthenticated"),
     (Forbidden, 403, "forbidden"),
     (NotFound, 404, "not_found"),
+    (InFlight, 409, "in_flight"),
     (BudgetSpent, 429, "budget_spent"),
     (Overloaded, 429, "overloaded"),
     (StorageFull, 507, "storage_full"),

@@ -21,13 +21,16 @@ from app.auth import PUBLIC, Guard, RateLimitHeaders, scope
 from app.database import Database
 from app.errors import BodyTooLarge, envelope, headers_of, http_envelope, status_of
 from app.fetch import Fetcher
+from app.jobs.service import Jobs
+from app.jobs.store import Bounds, JobStore
 from app.keys import registry
 from app.keys.budgets import Budgets
 from app.metered import Metered
 from app.pictures import pictures
 from app.secret import derive, read_or_make
 from app.service import Service
-from app.settings import CatalogueSettings, GatewaySettings
+from app.settings import CatalogueSettings, FolderSettings, GatewaySettings, S3Settings
+from app.stores.store import Store
 from models.errors import HeliographError
 from models.request import warm_up_request
 
@@ -47,21 +50,27 @@ class Gateway:
         from app.router import Router  # the only thing here that needs Ray
 
         self._settings = settings
-        fetcher = Fetcher(settings.fetch) if settings.fetch.pictures else None
         self._budgets = Budgets()
-        self._service = Service(Metered(Router(settings.request_timeout_s), self._budgets), fetcher)
-        self._readiness = Readiness(self._service)
-        self._database = Database(settings.database) if settings.auth == "keys" else None
+        self._database = Database(settings.database)
         self._migrated = False
+        router, fetcher = Metered(Router(settings.request_timeout_s), self._budgets), Fetcher(settings.fetch)
+        jobs = None
+        if settings.jobs is not None and settings.store is not None:
+            bounds = Bounds(settings.jobs.max_waiting, settings.jobs.max_waiting_per_caller)
+            kept = JobStore(self._database, bounds)
+            jobs = Jobs(kept, _opened(settings.store, settings), router.charge, fetcher.address)
+        self._service = Service(router, fetcher if settings.fetch.pictures else None, jobs)
+        self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = registry.opened(self._database, self._settings.secret_file) if self._database else None
+        wanted = self._settings.auth == "keys"
+        keys = registry.opened(self._database, self._settings.secret_file) if wanted else None
         guard = Guard(self._settings.auth, keys, self._budgets)
         return build(self._service, self._settings, self._readiness.reason, guard)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
-        if self._database and not self._migrated:
+        if not self._migrated and (self._settings.auth == "keys" or self._settings.jobs):
             await self._database.migrate()
             self._migrated = True
         catalogue = CatalogueSettings.model_validate(user_config)
@@ -122,8 +131,7 @@ def build(
     for name in settings.dialects:
         app.include_router(dialects.load(name).routes(service))
     if settings.store is not None:
-        secret = derive(read_or_make(Path(settings.secret_file)), "pictures")
-        app.include_router(pictures(stores.opened(settings.store, secret), secret))
+        app.include_router(pictures(_opened(settings.store, settings), _secret(settings)))
     _add_health(app, unready_reason)
     app.add_exception_handler(HeliographError, answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -131,6 +139,15 @@ def build(
     app.add_middleware(RateLimitHeaders)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     return app
+
+
+def _opened(store: FolderSettings | S3Settings, settings: GatewaySettings) -> Store:
+    return stores.opened(store, _secret(settings))
+
+
+def _secret(settings: GatewaySettings) -> bytes:
+    """What signs the pictures' addresses."""
+    return derive(read_or_make(Path(settings.secret_file)), "pictures")
 
 
 def _add_health(app: FastAPI, unready_reason: Callable[[], Awaitable[str | None]]) -> None:

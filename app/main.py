@@ -1,4 +1,4 @@
-"""The whole Serve graph on one page: each model is an application of its own, and so are the upscaler and the gateway.
+"""The whole Serve graph on one page: an application for each model, the upscaler, the job runners and the gateway.
 
 Serve restarts every replica of an application whose args change, so what changes apart is deployed apart. Only the
 gateway has a route; it finds models by their application's name. Numbers here are defaults that serve_config.yaml may
@@ -9,8 +9,17 @@ from ray import serve
 from ray.serve import Application
 
 from app.ingress import Gateway
+from app.job_runner import JobRunner
 from app.replica import Model
-from app.settings import MODEL_DEPLOYMENT, UPSCALER_DEPLOYMENT, GatewaySettings, ModelSettings, UpscalerSettings
+from app.settings import (
+    MODEL_DEPLOYMENT,
+    RUNNER_DEPLOYMENT,
+    UPSCALER_DEPLOYMENT,
+    GatewaySettings,
+    ModelSettings,
+    RunnerSettings,
+    UpscalerSettings,
+)
 from app.upscaler import Upscaler
 
 _GATEWAY = serve.deployment(
@@ -48,6 +57,16 @@ _UPSCALER = serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
 )
 
+_RUNNER = serve.deployment(
+    name=RUNNER_DEPLOYMENT,
+    # A runner that is gone is replaced within the lease of its jobs.
+    health_check_period_s=2,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=30,  # it hands its jobs back, and waits for none
+    graceful_shutdown_wait_loop_s=0.1,
+    ray_actor_options={"num_cpus": 0.1},
+)
+
 
 def gateway(args: GatewaySettings) -> Application:
     """The application that answers HTTP."""
@@ -62,3 +81,8 @@ def model(args: ModelSettings) -> Application:
 def upscaler(args: UpscalerSettings) -> Application:
     """The application that makes pictures larger."""
     return _UPSCALER(Upscaler).bind(args)
+
+
+def jobs(args: RunnerSettings) -> Application:
+    """The application that works on jobs."""
+    return _RUNNER(JobRunner).bind(args)

@@ -22,10 +22,14 @@ class Metered:
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         caller = current.get()
         with self._budgets.slot(caller):
-            await self._budgets.charge(caller, "pixel_steps_per_minute", pixel_steps(request))
+            await self.charge(request)
             async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
                 async for event in events:
                     yield event
+
+    async def charge(self, request: EffectiveRequest) -> None:
+        """Takes what a request costs from the current caller's budget. Raises BudgetSpent, InvalidRequest."""
+        await self._budgets.charge(current.get(), "pixel_steps_per_minute", request.pixel_steps)
 
     async def end(self, ending: Ending, id: str) -> bool:
         return await self._router.end(ending, _own(current.get(), id))
@@ -39,18 +43,6 @@ class Metered:
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         with self._budgets.slot(current.get()):
             return await self._router.upscale(picture, wanted, format)
-
-
-def pixel_steps(request: EffectiveRequest) -> int:
-    """What a request costs: its pixels times its steps, in both phases of a hires-fix, for all of its pictures.
-
-    Steps that a denoise strength leaves out are counted: the budget is known before the work.
-    """
-    cost = request.width * request.height * request.steps
-    if request.hires is not None:
-        width, height = request.largest
-        cost += width * height * (request.hires.steps or request.steps)
-    return cost * request.samples
 
 
 def _own(caller: Caller, id: str) -> str:

@@ -19,6 +19,7 @@ from ray.serve.request_router import ReplicaID
 from ray.util import list_named_actors
 
 from app import endings
+from app.errors import ReplicaDied
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.running import Running
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
@@ -40,8 +41,10 @@ END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be repla
 class Router:
     """One per gateway process."""
 
-    def __init__(self, request_timeout_s: float):
+    def __init__(self, request_timeout_s: float, attempts: int = ATTEMPTS):
+        """`attempts` says to how many replicas a request is sent while they die."""
         self._request_timeout_s = request_timeout_s
+        self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
         self._states = _States()
@@ -65,10 +68,11 @@ class Router:
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
-        whose replica died is sent once more, and what was delivered already is left out."""
+        whose replica died is sent once more, and what was delivered already is left out. Raises ReplicaDied where the
+        last one died too."""
         running = Running(request, self._patience_s(request))
         with endings.alive(id, running.end):
-            for attempt in range(1, ATTEMPTS + 1):
+            for attempt in range(1, self._attempts + 1):
                 try:
                     async with aclosing(self._attempt(running, progress, id)) as events:
                         async for event in events:
@@ -77,8 +81,8 @@ class Router:
                             running.note(event)
                     return
                 except RayActorError as death:
-                    if attempt == ATTEMPTS:
-                        raise GenerationFailed(
+                    if attempt == self._attempts:
+                        raise ReplicaDied(
                             "replica_lost", "the replica died while it worked on the request; send it again"
                         ) from death
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.jobs.job import Submission
+from app.jobs.service import Delivery, Jobs
 from models.card import ModelCard
 from models.errors import GenerationFailed, InvalidRequest, NotFound
 from models.events import Failed, Finished, Progress, Timings
@@ -112,9 +114,10 @@ class AdapterDescription:
 class Service:
     """The models by name and the way to their replicas."""
 
-    def __init__(self, router: Router, fetcher: Fetcher | None = None):
+    def __init__(self, router: Router, fetcher: Fetcher | None = None, jobs: Jobs | None = None):
         self._router = router
         self._fetcher = fetcher
+        self._jobs = jobs
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
@@ -159,7 +162,7 @@ class Service:
     async def stream(self, request: GenerationRequest, *, progress: bool = True) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult."""
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
-        effective = await self._with_upscaler(request.resolve(self.card(request.model)))
+        effective = await self.resolve(request)
         images: dict[int, Finished] = {}
         async with aclosing(self._router.generate(effective, progress, id)) as events:
             async for event in events:
@@ -185,6 +188,30 @@ class Service:
             images=tuple(images[index] for index in sorted(images)),
             total_s=time.monotonic() - started,
         )
+
+    async def resolve(self, request: GenerationRequest) -> EffectiveRequest:
+        """The request with everything decided, its seed too. Raises InvalidRequest, NotFound, GenerationFailed."""
+        return await self._with_upscaler(request.resolve(self.card(request.model)))
+
+    @property
+    def jobs(self) -> Jobs:
+        """The jobs. Raises NotFound where this server keeps none."""
+        if self._jobs is None:
+            raise NotFound("this server keeps no jobs; its operator can give the gateway a `store` and `jobs`")
+        return self._jobs
+
+    async def submit(self, kind: str, request: GenerationRequest, delivery: Delivery) -> Submission:
+        """Accepts a job that draws. Raises what `resolve` raises, Overloaded and Unavailable."""
+        return await self.jobs.submit(kind, await self.resolve(request), delivery)
+
+    async def submit_upscale(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery
+    ) -> Submission:
+        """Accepts a job that enlarges. Raises InvalidRequest, NotFound, Overloaded and Unavailable."""
+        card = self.upscaler
+        wanted = card.resolve(wanted)
+        await asyncio.to_thread(card.check, picture, wanted.scale, format)
+        return await self.jobs.submit_upscale(picture, wanted, format, delivery)
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
         """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""

@@ -21,6 +21,8 @@ MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; t
 MODEL_DEPLOYMENT = "Model"
 UPSCALER_APPLICATION = "upscaler"
 UPSCALER_DEPLOYMENT = "Upscaler"
+JOBS_APPLICATION = "jobs"
+RUNNER_DEPLOYMENT = "JobRunner"
 
 # What `heliograph serve` sets before it imports Ray, unless it is set already. Token authentication because Ray's
 # dashboard runs code for whoever reaches it (CVE-2023-48022); frequent pushes because the autoscaler is blind between;
@@ -212,6 +214,13 @@ class S3Settings(Strict):
     conditional_put: bool = Field(default=True, description="whether the server honours If-None-Match")
 
 
+class QueueSettings(Strict):
+    """How many jobs may wait, in all and of one caller, before new ones get 429."""
+
+    max_waiting: int = Field(default=10_000, ge=1)
+    max_waiting_per_caller: int = Field(default=1_000, ge=1)
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
@@ -223,6 +232,30 @@ class GatewaySettings(Strict):
     database: str = "sqlite:///data/heliograph.db"
     secret_file: str = "data/secret"
     store: FolderSettings | S3Settings | None = Field(default=None, discriminator="kind")
+    jobs: QueueSettings | None = None
+
+    @model_validator(mode="after")
+    def _jobs_are_kept(self) -> Self:
+        if self.jobs is not None and self.store is None:
+            raise ValueError("jobs needs a store, in which their pictures are kept")
+        return self
+
+
+class RunnerSettings(Strict):
+    """What the job runners need to start: the gateway's database, secret and store, and how they work.
+
+    The models arrive as `user_config`, like the gateway's.
+    """
+
+    database: str
+    secret_file: str
+    store: FolderSettings | S3Settings = Field(discriminator="kind")
+    fetch: FetchSettings = FetchSettings()
+    request_timeout_s: Positive = 600.0
+    max_running: int = Field(default=8, ge=1, description="jobs of one model that a runner works on at a time")
+    lease_s: float = Field(default=10.0, ge=3, le=3600, description="after which the jobs of a dead runner run again")
+    keep_days: Positive = 7.0  # after its end, a job's request and result
+    forget_days: Positive = 30.0  # the job itself
 
 
 class CatalogueSettings(Strict):

@@ -63,7 +63,8 @@ def _invalid(wrong: ValidationError, body: type[BaseModel]) -> InvalidRequest:
     field = ".".join(str(part) for part in fault["loc"]) or "body"
     match fault["type"]:
         case "extra_forbidden":
-            names = _model_at(body, fault["loc"][:-1]).model_fields
+            known = _model_at(body, fault["loc"][:-1]).model_fields
+            names = (field.alias or name for name, field in known.items())
             message = f"unknown field; the fields are: {', '.join(names)}"
         case "missing":
             message = "is required"
@@ -110,8 +111,8 @@ async def written(size: int, write: Callable[[], Written]) -> Written:
     return write() if size <= LARGE_BYTES else await asyncio.to_thread(write)
 
 
-def json_response(values: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(values), media_type="application/json", headers=dict(headers or {}))
+def json_response(values: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    return Response(orjson.dumps(values), status, media_type="application/json", headers=dict(headers or {}))
 
 
 def choose_media_type(accept: str, offered: tuple[str, ...]) -> str:
@@ -170,9 +171,13 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def server_sent_event(name: str, values: Any) -> bytes:
-    """One event; JSON has no raw newlines, so one data line holds it (WHATWG HTML, 9.2)."""
-    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(values) + b"\n\n"
+def server_sent_event(name: str, values: Any, id: int | None = None) -> bytes:
+    """One event; JSON has no raw newlines, so one data line holds it (WHATWG HTML, 9.2).
+
+    A client that comes back tells the last `id` that it has seen.
+    """
+    first = b"" if id is None else f"id: {id}\n".encode()
+    return first + b"event: " + name.encode() + b"\ndata: " + orjson.dumps(values) + b"\n\n"
 
 
 class EventStream(StreamingResponse):

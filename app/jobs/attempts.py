@@ -94,6 +94,17 @@ async def release(connection: AsyncConnection, claim: Claim, payload: Payload) -
     return await _back(journal, await _held(journal, claim), "released", None)
 
 
+async def expire(connection: AsyncConnection, claim: Claim, payload: Payload) -> Job:
+    """What should stop anyway has thereby stopped."""
+    journal = await Journal.open(connection, payload)
+    if (done := await _already(journal, claim, State.EXPIRED)) is not None:
+        return done
+    row = await _held(journal, claim)
+    if row.state == State.CANCELLING:
+        return await journal.move(row, State.CANCELLED, "cancelled")
+    return await journal.move(row, State.EXPIRED, "deadline")
+
+
 async def cancelled(connection: AsyncConnection, claim: Claim, payload: Payload) -> Job:
     """After this no result can come: the attempt's number is void."""
     journal = await Journal.open(connection, payload)

@@ -61,6 +61,7 @@ class JobProgress:
 class NewJob:
     """A job to be. `request` is the canonical request as JSON, in which pictures are keys of stored objects.
 
+    `inputs` names the folder of the store with these pictures, None where there are none.
     A higher `priority` goes first. `deadline_s` counts from the submission. `work` is the estimate of the seconds that
     a device will spend on it.
     """
@@ -74,6 +75,7 @@ class NewJob:
     work: float = 1.0
     webhook: Webhook | None = None
     retry_of: str | None = None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class Job:
     model: str
     kind: str
     request: Mapping[str, Any]
+    inputs: str | None
     priority: int
     deadline_at: float | None
     work: float

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.jobs.job import Job, JobEvent, Page, Position
 from app.jobs.journal import job_of
 from app.jobs.states import State
-from app.jobs.tables import QUEUED, events, jobs
+from app.jobs.tables import FINISHED, QUEUED, events, jobs
 from models.errors import InvalidRequest, NotFound
 
 PAGE_LIMIT = 200
 EVENTS_LIMIT = 1000
 POSITION_LIMIT = 1000  # jobs before one that are counted at most
+LOOKED_THROUGH = 200  # finished jobs, for those of one model
 
 _ID = re.compile("[0-9a-f]{32}")
 
@@ -79,6 +81,27 @@ async def events_of(
     await get(connection, id, owner)
     query = select(events).where(events.c.job_id == id, events.c.seq > after_seq).order_by(events.c.seq).limit(limit)
     return tuple(JobEvent(**row._mapping) for row in await connection.execute(query))
+
+
+async def measured(connection: AsyncConnection, model: str, limit: int) -> tuple[Job, ...]:
+    """The newest first. Backwards through the index of finished jobs, LOOKED_THROUGH of them at most."""
+    recent = select(jobs.c.id).where(FINISHED, jobs.c.data_removed.is_(False))
+    recent = recent.order_by(jobs.c.finished_at.desc()).limit(LOOKED_THROUGH)
+    fitting = (jobs.c.model == model, jobs.c.state == State.SUCCEEDED, jobs.c.attempt == 1)
+    query = select(jobs).where(jobs.c.id.in_(recent), *fitting).order_by(jobs.c.finished_at.desc()).limit(limit)
+    return tuple(job_of(row) for row in await connection.execute(query))
+
+
+async def known(connection: AsyncConnection, keys: Collection[str]) -> frozenset[str]:
+    """By the names of their folders: `inputs/<folder>/...`, `results/<job>/...`."""
+    folders = {parts[1]: parts[0] for key in keys if len(parts := key.split("/")) == 3}
+    inputs = [name for name, kind in folders.items() if kind == "inputs"]
+    owned = select(jobs.c.inputs).where(jobs.c.inputs.in_(inputs), jobs.c.data_removed.is_(False))
+    found = {f"inputs/{folder}" for folder in await connection.scalars(owned)}
+    results = [name for name, kind in folders.items() if kind == "results"]
+    made = select(jobs.c.outputs).where(jobs.c.id.in_(results))
+    outputs = {output["key"] for of_one in await connection.scalars(made) for output in of_one}
+    return frozenset(key for key in keys if key in outputs or key.rpartition("/")[0] in found)
 
 
 async def _row(connection: AsyncConnection, id: str, owner: str | None) -> Row[Any]:

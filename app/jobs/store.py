@@ -52,6 +52,13 @@ class JobStore:
         """
         return await self._database.write(lambda c: submission.submit(c, new, idempotency, self._bounds))
 
+    async def earlier(self, owner: str, idempotency: Idempotency) -> Submission | None:
+        """What an earlier submission with this key made, None where there was none.
+
+        Raises InvalidRequest (`Idempotency-Key`) where it was for another body.
+        """
+        return await self._database.read(lambda c: submission.earlier(c, owner, idempotency))
+
     async def get(self, id: str, owner: str | None) -> Job:
         """One job. Raises NotFound."""
         return await self._database.read(lambda c: reading.get(c, id, owner))
@@ -98,6 +105,14 @@ class JobStore:
         NotFound, InvalidRequest (`id`) for a job in another state or without its data, Overloaded.
         """
         return await self._database.write(lambda c: submission.retry(c, id, owner, idempotency, self._bounds))
+
+    async def measured(self, model: str, limit: int = 20) -> tuple[Job, ...]:
+        """The jobs of a model that succeeded last, at their first attempt: how long things take at the moment."""
+        return await self._database.read(lambda c: reading.measured(c, model, limit))
+
+    async def known(self, keys: Collection[str]) -> frozenset[str]:
+        """Which of these keys of the store belong to a job that has its data still. For the sweep of orphans."""
+        return await self._database.read(lambda c: reading.known(c, keys))
 
     # For runners.
 
@@ -147,6 +162,10 @@ class JobStore:
     async def release(self, claim: Claim) -> Job:
         """Hands the job back, as a runner does that stops: queued again, in its old place. Raises Stale."""
         return await self._database.write(lambda c: attempts.release(c, claim, self._payload))
+
+    async def expire(self, claim: Claim) -> Job:
+        """The deadline passed while the runner worked on the job. Raises Stale."""
+        return await self._database.write(lambda c: attempts.expire(c, claim, self._payload))
 
     async def cancelled(self, claim: Claim) -> Job:
         """The runner has stopped, as `heartbeat` said it should. Raises Stale."""

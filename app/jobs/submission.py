@@ -31,8 +31,8 @@ class Bounds:
 async def submit(connection: AsyncConnection, new: NewJob, key: Idempotency | None, bounds: Bounds) -> Submission:
     """One after another, so that the bounds are exact and a key used twice at once finds the first one's job."""
     await one_at_a_time(connection, "submit")
-    if key is not None and (earlier := await _earlier(connection, new.owner, key)) is not None:
-        return earlier
+    if key is not None and (known := await earlier(connection, new.owner, key)) is not None:
+        return known
     await _check_bound(connection, true(), bounds.waiting, "jobs wait already")
     await _check_bound(connection, jobs.c.owner == new.owner, bounds.per_owner, "jobs of this caller wait already")
     values = await _values(connection, new)
@@ -62,6 +62,7 @@ async def retry(
         work=job.work,
         webhook=job.webhook,
         retry_of=job.id,
+        inputs=job.inputs,
     )
     return await submit(connection, new, key, bounds)
 
@@ -86,7 +87,7 @@ async def _next_turn(connection: AsyncConnection, new: NewJob) -> int:
     return first if last is None else max(first, last + 1)
 
 
-async def _earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> Submission | None:
+async def earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> Submission | None:
     """The job that the key made before. Raises InvalidRequest where it was for another body."""
     query = select(idempotency.c.fingerprint, idempotency.c.job_id).where(
         idempotency.c.owner == owner, idempotency.c.route == key.route, idempotency.c.key == key.key
@@ -118,6 +119,7 @@ async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]
         "model": new.model,
         "kind": new.kind,
         "request": dict(new.request),
+        "inputs": new.inputs,
         "priority": new.priority,
         "turn": await _next_turn(connection, new),
         "start_by": math.inf if deadline_at is None else deadline_at - new.work,

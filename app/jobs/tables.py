@@ -38,6 +38,7 @@ jobs = Table(
     Column("model", Text, nullable=False),
     Column("kind", Text, nullable=False),
     Column("request", Json, nullable=False),
+    Column("inputs", String(32)),  # the folder of the store with the pictures of the request; a retry shares it
     Column("priority", Integer, nullable=False),
     Column("turn", BigInteger, nullable=False),  # the owner's place in the round of owners
     Column("start_by", Double, nullable=False),  # a later start misses the deadline; infinite without one
@@ -131,6 +132,7 @@ _partial("ix_jobs_start_by", QUEUED, jobs.c.start_by)
 _partial("ix_jobs_waiting", QUEUED, jobs.c.owner, jobs.c.work)
 _partial("ix_jobs_leased", LEASED, jobs.c.lease_until)
 _partial("ix_jobs_finished", FINISHED, jobs.c.data_removed, jobs.c.finished_at)
+_partial("ix_jobs_inputs", jobs.c.inputs.is_not(None), jobs.c.inputs)
 _partial("ix_deliveries_due", PENDING, deliveries.c.next_at)
 _partial("ix_deliveries_dead", DEAD, deliveries.c.owner, deliveries.c.id)
 _partial("ix_deliveries_finished", SETTLED, deliveries.c.finished_at)

@@ -25,10 +25,11 @@ _OF_A_MASK = {"mask_blur", "mask_grow", "mask_fill", "mask_region", "mask_paddin
 
 def from_result(result: GenerationResult) -> dict[str, Any]:
     """The JSON answer."""
-    return _answer(result, [_image(image) for image in result.images])
+    return answer(result, [_image(image) for image in result.images])
 
 
-def _answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON answer, with these entries for its pictures."""
     return {
         "id": result.id,
         "created": result.created,
@@ -58,7 +59,7 @@ def from_event(event: StreamEvent) -> bytes:
             return wire.server_sent_event("image", _image(event))
         case GenerationResult(images=images):
             told = [{"index": image.index, "seed": image.seed} for image in images]  # each has had its event
-            return wire.server_sent_event("done", _answer(event, told))
+            return wire.server_sent_event("done", answer(event, told))
 
 
 async def from_events(first: StreamEvent, rest: AsyncGenerator[StreamEvent, None]) -> AsyncGenerator[bytes, None]:

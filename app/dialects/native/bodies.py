@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from app import links
+from app.jobs.job import WebhookEvent
 from models import limits
 from models.limits import Range
 from models.parts import Enlargement
@@ -39,6 +40,21 @@ class Wire(BaseModel):
     """Takes each value for what it is, and no field that it does not know."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Delivered(Wire):
+    """How the answer comes: at once, or as a job that is asked about and told of."""
+
+    asynchronous: bool = Field(
+        False, alias="async", description="Answer 202 with a job at once, and make the pictures whatever happens"
+    )
+    webhook_url: str | None = Field(None, max_length=2048, description="Where the job's events are posted")
+    webhook_events: list[WebhookEvent] | None = Field(
+        None, min_length=1, description="Which: start, output, logs, completed; completed when left out"
+    )
+    response: Literal["base64", "url"] | None = Field(
+        None, description="Pictures in the answer itself, or by address; a job's by address when left out"
+    )
 
 
 class Borders(Wire):
@@ -84,7 +100,7 @@ class UpscalePart(Wire):
     model: str | None = Field(None, description="An upscaler from GET /v1/adapters; the default one when left out")
 
 
-class DrawBody(Wire):
+class DrawBody(Delivered):
     """The fields that every endpoint which draws has in common. What is left out is decided by the model."""
 
     model: str | None = Field(None, description="A name from GET /v1/models; the default model when left out")

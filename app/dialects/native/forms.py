@@ -33,7 +33,8 @@ async def read(request: Request, body: type[Body]) -> Body:
 
 def from_form(fields: dict[str, str], files: dict[str, list[bytes]], body: type[BaseModel]) -> dict[str, Any]:
     """What JSON would have held, with bytes for its pictures. Raises InvalidRequest naming the field."""
-    written_as_json = {name for name, field in body.model_fields.items() if not _is_text(field.annotation)}
+    fields_by_name = {field.alias or name: field for name, field in body.model_fields.items()}
+    written_as_json = {name for name, field in fields_by_name.items() if not _is_text(field.annotation)}
     values = {name: _parsed(name, text) if name in written_as_json else text for name, text in fields.items()}
     for name, uploads in files.items():
         place, key = _place(name, values)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from app import wire
-from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, DrawBody, GenerateBody, OutpaintBody, OutputFormat
+from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, Delivered, DrawBody, GenerateBody, OutpaintBody, OutputFormat
 from models import limits
 from models.decoding import check_together
 from models.errors import InvalidRequest
@@ -16,7 +16,7 @@ from models.request import GenerationRequest
 VARIATION_STRENGTH = 0.2  # of a seed's noise: the same composition, other details
 VARIATION_DENOISE_STRENGTH = 0.5  # of a picture: colours and places stay
 _SIDES = ("left", "right", "top", "bottom")
-_NOT_AS_IT_IS = {"stream", "init_image", "image_strength", *_SIDES}
+_NOT_AS_IT_IS = {"stream", "init_image", "image_strength", *Delivered.model_fields, *_SIDES}
 _PARTS: dict[str, Callable[..., Any]] = {"outpaint": Outpaint, "hires": Hires, "upscale": Upscale}
 
 

@@ -9,10 +9,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
-from app.dialects.native import answers, forms, requests, upscale
+from app.auth import scope
+from app.dialects.native import answers, forms, job_form, jobs, requests, submission, upscale
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
-from app.service import Service
+from app.jobs.job import Job, Submission
+from app.jobs.service import Delivery
+from app.service import GenerationResult, Service
 from models.errors import InvalidRequest
 from models.images import MEDIA_TYPES
 from models.request import GenerationRequest
@@ -22,7 +25,7 @@ ToRequest = Callable[[Body, str], GenerationRequest]
 
 
 def routes(service: Service) -> APIRouter:
-    """The paths of this API."""
+    """The paths of this API; a job is there without the prefix too."""
     router = APIRouter(prefix="/v1", tags=["native"])
     router.include_router(metadata.routes(service, GenerateBody))
     _add_generate(router, service)
@@ -30,7 +33,15 @@ def routes(service: Service) -> APIRouter:
     upscale.add(router, service)
     _add_lists(router, service)
     _add_requests(router, service)
-    return router
+    jobs.add(router, service)
+    outer = APIRouter(tags=["native"])
+    outer.include_router(router)
+
+    @outer.get("/jobs/{id}", include_in_schema=False, openapi_extra=scope("jobs"))
+    async def job(request: Request, id: str) -> Response:
+        return await jobs.one(service.jobs, request, id)
+
+    return outer
 
 
 def _add_generate(router: APIRouter, service: Service) -> None:
@@ -38,7 +49,9 @@ def _add_generate(router: APIRouter, service: Service) -> None:
 
     @router.post("/generate", summary="Make pictures", openapi_extra=extra, responses=ANSWERS)
     async def generate(request: Request) -> Response:
-        return await _draw(request, service, await wire.read_json(request, GenerateBody), requests.to_request)
+        return await _draw(
+            request, service, await wire.read_json(request, GenerateBody), requests.to_request, "generate"
+        )
 
 
 def _add_forms(router: APIRouter, service: Service) -> None:
@@ -49,7 +62,7 @@ def _add_forms(router: APIRouter, service: Service) -> None:
 
         @router.post(path, summary=summary, openapi_extra=extra, responses=ANSWERS, name=path.strip("/"))
         async def draw(request: Request) -> Response:
-            return await _draw(request, service, await forms.read(request, body), to_request)
+            return await _draw(request, service, await forms.read(request, body), to_request, path.strip("/"))
 
     add("/img2img", GenerateBody, requests.img2img, "Make a picture from a picture")
     add("/inpaint", GenerateBody, requests.inpaint, "Draw a part of a picture anew")
@@ -88,17 +101,37 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         return JSONResponse({"id": id}, 202)
 
 
-async def _draw(request: Request, service: Service, body: Body, to_request: ToRequest[Body]) -> Response:
-    """What a body asks for, in the form that `stream` and Accept ask for."""
+async def _draw(
+    request: Request, service: Service, body: Body, to_request: ToRequest[Body], kind: str
+) -> Response:
+    """What a body asks for, in the form that `async`, `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
-    body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
-    # Decoding a large picture takes a while: not on the loop that every other request shares.
-    wanted = await asyncio.to_thread(to_request, body, service.default_model)
+    delivery = submission.delivery(request, body, media_type)
+    if delivery is not None:
+
+        async def submit(delivery: Delivery) -> Submission:
+            return await service.submit(kind, await _wanted(service, body, to_request, media_type), delivery)
+
+        async def at_once(job: Job) -> Response:
+            return await _answer(job_form.generation(job, await service.jobs.pictures(job)), media_type)
+
+        return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+    wanted = await wire.unless_disconnected(request, _wanted(service, body, to_request, media_type))
     if media_type == EVENTS:
         return await wire.unless_disconnected(request, _stream(service, wanted))
-    if media_type != JSON:
-        wanted = replace(wanted, output_format=next(f for f, kind in MEDIA_TYPES.items() if kind == media_type))
-    result = await wire.unless_disconnected(request, service.generate(wanted))
+    return await _answer(await wire.unless_disconnected(request, service.generate(wanted)), media_type)
+
+
+async def _wanted(service: Service, body: Body, to_request: ToRequest[Body], media_type: str) -> GenerationRequest:
+    body = await links.resolved(body, service.pictures)
+    # Decoding a large picture takes a while: not on the loop that every other request shares.
+    wanted = await asyncio.to_thread(to_request, body, service.default_model)
+    if media_type in (EVENTS, JSON):
+        return wanted
+    return replace(wanted, output_format=next(f for f, kind in MEDIA_TYPES.items() if kind == media_type))
+
+
+async def _answer(result: GenerationResult, media_type: str) -> Response:
     if media_type != JSON:
         return answers.picture_response(result)
     size = sum(len(image.data) for image in result.images)
@@ -112,10 +145,12 @@ async def _stream(service: Service, wanted: GenerationRequest) -> Response:
 
 
 def _media_type(accept: str, body: DrawBody) -> str:
-    """What the answer will be, by Accept and `stream`. Raises NotAcceptable or InvalidRequest where they contradict."""
+    """What the answer will be, by Accept, `async` and `stream`. Raises NotAcceptable or InvalidRequest where they contradict."""
     if body.stream:  # clients that expect JSON in the events ask for JSON
         wire.choose_media_type(accept, (EVENTS, JSON))
         return EVENTS
+    if body.asynchronous:
+        return wire.choose_media_type(accept, (JSON,))
     wanted = requests.canonical(body.output_format)
     images = (MEDIA_TYPES[wanted], *(kind for kind in MEDIA_TYPES.values() if kind != MEDIA_TYPES[wanted]))
     chosen = wire.choose_media_type(accept, (JSON, *images))

@@ -10,10 +10,12 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app import links, wire
-from app.dialects.native import forms, requests
-from app.dialects.native.bodies import Encoded, OutputFormat, Wire, within
+from app.dialects.native import forms, job_form, requests, submission
+from app.dialects.native.bodies import Delivered, Encoded, OutputFormat, within
 from app.dialects.native.schemas import ANSWERS, JSON, body_schema
 from app.events import Upscaled
+from app.jobs.job import Job, Submission
+from app.jobs.service import Delivery
 from app.service import Service
 from models import limits
 from models.errors import InvalidRequest
@@ -21,7 +23,7 @@ from models.images import MEDIA_TYPES, ImageFormat
 from models.parts import Upscale
 
 
-class UpscaleBody(Wire):
+class UpscaleBody(Delivered):
     """What to make larger, and by how much."""
 
     image: Encoded = Field(description="PNG, JPEG, WebP or AVIF: base64, a data URI or an http(s) address")
@@ -39,15 +41,41 @@ def add(router: APIRouter, service: Service) -> None:
         started = time.monotonic()
         body = await forms.read(request, UpscaleBody)
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
-        body = await wire.unless_disconnected(request, links.resolved(body, service.pictures))
-        picture = await asyncio.to_thread(requests.encoded_bytes, "image", body.image)
         wanted = Upscale(scale=body.scale, model=body.model)
+        delivery = submission.delivery(request, body, media_type)
+        if delivery is not None:
+
+            async def submit(delivery: Delivery) -> Submission:
+                return await service.submit_upscale(await _picture(service, body), wanted, format, delivery)
+
+            async def at_once(job: Job) -> Response:
+                return await _kept(service, job, media_type)
+
+            return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+        picture = await wire.unless_disconnected(request, _picture(service, body))
         upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
         if media_type != JSON:
             return _bytes(upscaled)
         total_s = time.monotonic() - started
         size = len(upscaled.data)
         return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, body.scale, total_s)))
+
+
+async def _picture(service: Service, body: UpscaleBody) -> bytes:
+    body = await links.resolved(body, service.pictures)
+    return await asyncio.to_thread(requests.encoded_bytes, "image", body.image)
+
+
+async def _kept(service: Service, job: Job, media_type: str) -> Response:
+    """The answer of a job that enlarged, as it would have been at once."""
+    [output] = job.outputs
+    names = ("format", "width", "height", "model")
+    upscaled = Upscaled(data=await service.jobs.data(output["key"]), **{name: output[name] for name in names})
+    if media_type != JSON:
+        return _bytes(upscaled)
+    image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
+    encoded = await wire.written(len(upscaled.data), lambda: wire.encode_base64(upscaled.data))
+    return wire.json_response(job_form.upscaling(job, [image | {"base64": encoded}]))
 
 
 def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str, Any]:
@@ -66,6 +94,8 @@ def from_upscaled(upscaled: Upscaled, scale: float, total_s: float) -> dict[str,
 def _answer_as(accept: str, body: UpscaleBody) -> tuple[str, ImageFormat]:
     """The answer's media type and the picture's format. Raises NotAcceptable, or InvalidRequest for a contradiction."""
     asked = requests.canonical(body.output_format)
+    if body.asynchronous:
+        return wire.choose_media_type(accept, (JSON,)), asked
     first = MEDIA_TYPES[asked]
     chosen = wire.choose_media_type(accept, (JSON, first, *(kind for kind in MEDIA_TYPES.values() if kind != first)))
     if chosen == JSON:

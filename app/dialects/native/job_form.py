@@ -1,0 +1,92 @@
+"""A job in this API's own form: how it stands, what it has drawn, and the answer that it would have had at once."""
+
+from dataclasses import asdict
+from typing import Any
+
+from app import wire
+from app.dialects.native import answers
+from app.jobs import canonical, outputs
+from app.jobs.job import Job
+from app.jobs.service import Estimate, Jobs
+from app.jobs.states import State
+from app.service import GenerationResult
+from models.events import Finished
+
+_OF_AN_IMAGE = ("index", "seed", "width", "height", "format", "sha256")
+
+
+def path(id: str) -> str:
+    """Where a job is asked about."""
+    return f"/v1/jobs/{id}"
+
+
+async def form(jobs: Jobs, job: Job) -> dict[str, Any]:
+    """A job as this API tells it, its result included."""
+    told = await summary(jobs, job, await jobs.estimate(job))
+    if job.state is State.SUCCEEDED and not job.data_removed:
+        told["result"] = await _result(jobs, job, told["images"])
+    return told
+
+
+async def summary(jobs: Jobs, job: Job, estimate: Estimate) -> dict[str, Any]:
+    """A job without its result."""
+    position = estimate.position
+    return {
+        "job_id": job.id,
+        "status": job.state,
+        "model": job.model,
+        "kind": job.kind,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "attempt": job.attempt,
+        "progress": None if job.progress is None else asdict(job.progress),
+        "position": None if position is None else {"ahead": position.ahead, "exact": position.exact},
+        "eta_s": estimate.eta_s,
+        "images": [await image(jobs, output) for output in job.outputs],
+        "result": None,
+        "error": None if job.error is None else asdict(job.error),
+        "urls": {"self": path(job.id), "events": f"{path(job.id)}/events", "cancel": f"{path(job.id)}/cancel"},
+        "retry_of": job.retry_of,
+    }
+
+
+def generation(job: Job, images: tuple[Finished, ...]) -> GenerationResult:
+    """What the pictures of a job that drew would have been answered with at once."""
+    assert job.result is not None
+    request = canonical.from_json(job.request["request"])
+    told = {name: job.result[name] for name in ("id", "created", "revision", "total_s")}
+    return GenerationResult(request=request, images=tuple(sorted(images, key=lambda image: image.index)), **told)
+
+
+def upscaling(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same for a job that enlarged."""
+    assert job.result is not None
+    return {
+        "id": job.id,
+        "created": job.result["created"],
+        "model": job.outputs[0]["model"],
+        "images": images,
+        "parameters": {"scale": job.request["request"]["upscale"]["scale"]},
+        "timings": {"total": round(job.result["total_s"], 4)},
+    }
+
+
+async def _result(jobs: Jobs, job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer that a synchronous request would have had, with pictures in the form that was asked for."""
+    if job.request["response"] == "base64":
+        data = {output["index"]: await jobs.data(output["key"]) for output in job.outputs}
+        images = [_without_url(image) | {"base64": wire.encode_base64(data[image["index"]])} for image in images]
+    images = sorted(images, key=lambda image: image["index"])
+    if job.kind == canonical.UPSCALE:
+        return upscaling(job, images)
+    return answers.answer(generation(job, tuple(outputs.finished(output) for output in job.outputs)), images)
+
+
+def _without_url(image: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in image.items() if name != "url"}
+
+
+async def image(jobs: Jobs, output: Any) -> dict[str, Any]:
+    """A finished picture, by its address."""
+    return {name: output[name] for name in _OF_AN_IMAGE} | {"url": await jobs.address(output["key"])}

@@ -1,0 +1,135 @@
+"""Maker: from an attempt to the result of its job. It is handed what draws and what enlarges, and keeps the pictures."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from app.events import Upscaled
+from app.jobs import canonical, inputs, outputs
+from app.jobs.attempt import Attempt
+from app.jobs.job import JobProgress
+from app.jobs.store import JobStore
+from app.keys.caller import Caller, Limits, current
+from app.stores.store import Store
+from models.errors import GenerationFailed, Overloaded, Unavailable
+from models.events import Finished, Progress
+from models.images import ImageFormat
+from models.limits import DEADLINE_S
+from models.parts import Upscale
+from models.request import EffectiveRequest
+
+T = TypeVar("T")
+
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before a picture is put into the store again: it need not be drawn again
+BUSY_S = (1.0, 15.0)  # the shortest and the longest pause before a busy model is asked again
+PATIENCE_S = 600.0  # with a busy model, in one attempt
+DATABASE_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """All pictures of a request are there: what remains to be said of it. The last thing that `draw` tells."""
+
+    id: str
+    created: int
+    revision: str
+    total_s: float
+
+
+DrawEvent = Progress | Finished | Drawn
+Draw = Callable[[EffectiveRequest], AsyncGenerator[DrawEvent, None]]
+
+
+class Enlarge(Protocol):
+    """The encoded picture, enlarged, in that format."""
+
+    async def __call__(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled: ...
+
+
+class Maker:
+    """Makes what jobs promise."""
+
+    def __init__(self, jobs: JobStore, pictures: Store, draw: Draw, enlarge: Enlarge):
+        self._jobs, self._pictures, self._draw, self._enlarge = jobs, pictures, draw, enlarge
+
+    async def __call__(self, attempt: Attempt) -> Mapping[str, Any]:
+        """The result of the attempt's job; its pictures are told to the job one by one before that.
+
+        Raises Stale, and the errors of models/errors.py.
+        """
+        owner = attempt.job.owner
+        current.set(Caller(id=owner, name=owner, scopes=frozenset(), limits=Limits()))  # of this task alone
+        made = self._enlarged if attempt.job.kind == canonical.UPSCALE else self._drawn
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return await made(attempt)
+            except Overloaded as busy:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(min(max(busy.retry_after_s, BUSY_S[0]), BUSY_S[1]))
+
+    async def _drawn(self, attempt: Attempt) -> Mapping[str, Any]:
+        steps: dict[int, int] = {}
+        request = await self._request(attempt)
+        async with aclosing(self._draw(request)) as events:
+            async for event in events:
+                match event:
+                    case Progress(index=index, step=step):
+                        steps[index] = step
+                        attempt.progress = _progress(steps, event.steps * request.samples)
+                    case Finished():
+                        await self._tell(attempt, lambda: outputs.keep(self._pictures, *_place(attempt), event))
+                    case Drawn():
+                        return asdict(event)
+        raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
+
+    async def _request(self, attempt: Attempt) -> EffectiveRequest:
+        """With its pictures, and with the time that is left of its deadline."""
+        values = attempt.job.request["request"]
+        pictures = await inputs.load(self._pictures, values)
+        request = canonical.from_json(values, pictures.__getitem__)
+        left_s = attempt.left_s
+        if left_s is not None and left_s <= 0:
+            raise GenerationFailed("deadline", "the pictures were not finished in time")
+        return replace(request, deadline_s=None if left_s is None else max(DEADLINE_S.low, left_s), preview_every=0)
+
+    async def _enlarged(self, attempt: Attempt) -> Mapping[str, Any]:
+        began = time.monotonic()
+        request = canonical.upscale_from_json(attempt.job.request["request"])
+        picture = await self._pictures.get(request.key)
+        upscaled = await self._enlarge(picture, request.upscale, request.output_format)
+        await self._tell(attempt, lambda: outputs.keep_upscaled(self._pictures, *_place(attempt), upscaled))
+        return {"created": int(time.time()), "total_s": time.monotonic() - began}
+
+    async def _tell(self, attempt: Attempt, keep: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+        """Keeps a picture and tells the job of it. The database may be away for a while; heartbeats say if for long."""
+        output = await _persist(keep)
+        while True:
+            try:
+                await self._jobs.output(attempt.claim, output)
+                return
+            except Unavailable:
+                await asyncio.sleep(DATABASE_PAUSE_S)
+
+
+def _place(attempt: Attempt) -> tuple[str, int]:
+    return attempt.claim.id, attempt.claim.attempt
+
+
+def _progress(steps: Mapping[int, int], total: int) -> JobProgress:
+    done = sum(steps.values())
+    return JobProgress(done=min(done, total), total=total, phase="denoising" if done < total else "decoding")
+
+
+async def _persist(keep: Callable[[], Awaitable[T]]) -> T:
+    """Raises Unavailable once the store has failed for as long as all pauses take."""
+    for pause_s in PAUSES_S:
+        try:
+            return await keep()
+        except Unavailable:
+            await asyncio.sleep(pause_s)
+    return await keep()

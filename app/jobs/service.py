@@ -1,0 +1,195 @@
+"""Jobs: what a dialect may ask of jobs. Each method acts for the current caller; an administrator sees everybody's."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from app.jobs import canonical, inputs, outputs
+from app.jobs.job import Idempotency, Job, JobEvent, NewJob, Page, Position, Submission, Webhook
+from app.jobs.states import TERMINAL, State
+from app.jobs.store import JobStore
+from app.keys.caller import current
+from app.stores.store import Store
+from models import document
+from models.errors import NotFound
+from models.events import Finished
+from models.images import ImageFormat
+from models.parts import Upscale
+from models.request import EffectiveRequest
+
+UPSCALER = "upscaler"  # whose queue pictures to enlarge wait in
+LOOK_S = (0.05, 0.5)  # between two looks at a job that somebody waits for: at first, and in the end
+PACE_AGE_S = 5.0
+ADDRESS_S = 3600  # how long a picture's address is good
+_PRIORITIES = {"interactive": 0, "batch": -1}
+
+Response = Literal["url", "base64"]
+Charge = Callable[[EffectiveRequest], Awaitable[object]]
+CheckAddress = Callable[[str, str], object]  # an address and the field that gave it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How whoever submits a job hears of it: a webhook, pictures by address or in base64; and the idempotency key."""
+
+    webhook: Webhook | None = None
+    response: Response = "url"
+    idempotency: Idempotency | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What waits before a job (None for one that does not wait), and seconds until it is done, where that is known."""
+
+    position: Position | None
+    eta_s: float | None
+
+
+class Jobs:
+    """Jobs and their pictures.
+
+    `charge` takes what a request costs from its caller's budget, `check_address` looks at where a webhook is to go;
+    both may refuse.
+    """
+
+    def __init__(self, jobs: JobStore, pictures: Store, charge: Charge, check_address: CheckAddress):
+        self._jobs, self._pictures, self._charge, self._check_address = jobs, pictures, charge, check_address
+        self._paces: dict[str, tuple[float, float | None]] = {}  # by model: when it was measured, and what came of it
+
+    async def earlier(self, idempotency: Idempotency) -> Submission | None:
+        """The job that this key has made before. Raises InvalidRequest where that was for another body."""
+        return await self._jobs.earlier(current.get().id, idempotency)
+
+    async def submit(self, kind: str, request: EffectiveRequest, delivery: Delivery) -> Submission:
+        """Accepts a request to draw. Raises Overloaded, InvalidRequest, Unavailable."""
+        self._check(delivery)
+        await self._charge(request)
+        folder = inputs.new_folder()
+        keys = await inputs.keep(self._pictures, folder, document.pictures(request))
+        pace = await self._pace(request.model)
+        new = NewJob(
+            owner=current.get().id,
+            model=request.model,
+            kind=kind,
+            request={"response": delivery.response, "request": canonical.to_json(request, keys)},
+            inputs=folder if keys else None,
+            priority=_PRIORITIES[request.priority],
+            deadline_s=request.deadline_s,
+            work=0.0 if pace is None else pace * request.pixel_steps,
+            webhook=delivery.webhook,
+        )
+        return await self._jobs.submit(new, delivery.idempotency)
+
+    async def submit_upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery) -> Submission:
+        """Accepts a picture to enlarge. Raises the same."""
+        self._check(delivery)
+        folder, packed = inputs.new_folder(), await asyncio.to_thread(inputs.repacked, picture, "image")
+        [key] = await inputs.keep_packed(self._pictures, folder, [packed])
+        request = canonical.UpscaleRequest(key=key, upscale=wanted, output_format=format)
+        new = NewJob(
+            owner=current.get().id,
+            model=UPSCALER,
+            kind=canonical.UPSCALE,
+            request={"response": delivery.response, "request": canonical.upscale_to_json(request)},
+            inputs=folder,
+            work=0.0,
+            webhook=delivery.webhook,
+        )
+        return await self._jobs.submit(new, delivery.idempotency)
+
+    async def get(self, id: str) -> Job:
+        """One job. Raises NotFound."""
+        return await self._jobs.get(id, _owner())
+
+    async def list(
+        self, states: Collection[State], model: str | None, kind: str | None, cursor: str | None, limit: int
+    ) -> Page:
+        """The caller's jobs, the newest first. Raises InvalidRequest."""
+        return await self._jobs.list(_owner(), states=states, model=model, kind=kind, cursor=cursor, limit=limit)
+
+    async def cancel(self, id: str) -> Job:
+        """Ends a queued job, has a running one stopped; a finished one stays. Raises NotFound."""
+        return await self._jobs.cancel(id, _owner())
+
+    async def retry(self, id: str, idempotency: Idempotency | None) -> Submission:
+        """A failed, cancelled or expired job anew, as another job. Raises NotFound, InvalidRequest, Overloaded."""
+        return await self._jobs.retry(id, _owner(), idempotency)
+
+    async def wait(self, id: str, seconds: float) -> Job:
+        """The job once it has finished, or as it stands after so many seconds. Raises NotFound."""
+        deadline, pause = time.monotonic() + seconds, LOOK_S[0]
+        while not (job := await self.get(id)).finished and time.monotonic() < deadline:
+            await asyncio.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, LOOK_S[1])
+        return job
+
+    async def events(self, id: str, after_seq: int) -> AsyncGenerator[JobEvent | None, None]:
+        """What happened to a job after an event, as it happens, up to its end; None at each look that found nothing.
+
+        Raises NotFound, also when the job is forgotten in between.
+        """
+        ended = False
+        while not ended:
+            found = await self._jobs.events(id, _owner(), after_seq)
+            for event in found:
+                yield event
+                after_seq, ended = event.seq, event.kind == "state" and event.data["state"] in TERMINAL
+            if not found:
+                ended = (await self.get(id)).finished and not await self._jobs.events(id, _owner(), after_seq, 1)
+                yield None
+                await asyncio.sleep(0.0 if ended else LOOK_S[1])
+
+    async def estimate(self, job: Job) -> Estimate:
+        """When a job will be done, by what its model's last jobs took; nothing where none was measured."""
+        if job.finished:
+            return Estimate(position=None, eta_s=None)
+        if job.state is State.QUEUED:
+            position = await self._jobs.position(job.id, None)
+            return Estimate(position=position, eta_s=position.work + job.work if job.work else None)
+        left = 1.0 - job.progress.done / max(job.progress.total, 1) if job.progress else 1.0
+        return Estimate(position=None, eta_s=job.work * left if job.work else None)
+
+    async def address(self, key: str) -> str | None:
+        """An address of a stored picture, good for ADDRESS_S seconds; None where the picture is gone."""
+        try:
+            return await self._pictures.url(key, ADDRESS_S)
+        except NotFound:
+            return None
+
+    async def data(self, key: str) -> bytes:
+        """A stored picture. Raises NotFound."""
+        return await self._pictures.get(key)
+
+    async def pictures(self, job: Job) -> tuple[Finished, ...]:
+        """All that a job has drawn so far, with its bytes. Raises NotFound."""
+        return tuple([outputs.finished(output, await self.data(output["key"])) for output in job.outputs])
+
+    def _check(self, delivery: Delivery) -> None:
+        if delivery.webhook is not None:
+            self._check_address(delivery.webhook.url, "webhook_url")
+
+    async def _pace(self, model: str) -> float | None:
+        """Seconds per pixel-step, by the model's last jobs: the time in which it worked at any, over what they had."""
+        measured_at, pace = self._paces.get(model, (-PACE_AGE_S, None))
+        if time.monotonic() - measured_at >= PACE_AGE_S:
+            pace = _busy(await self._jobs.measured(model))
+            self._paces[model] = time.monotonic(), pace
+        return pace
+
+
+def _owner() -> str | None:
+    caller = current.get()
+    return None if "admin" in caller.scopes else caller.id
+
+
+def _busy(jobs: tuple[Job, ...]) -> float | None:
+    """What jobs that ran beside each other took is counted once: they shared it."""
+    spans = sorted((job.started_at, job.finished_at) for job in jobs if job.started_at and job.finished_at)
+    busy, until = 0.0, 0.0
+    for started, finished in spans:
+        busy += max(0.0, finished - max(started, until))
+        until = max(until, finished)
+    cost = sum(canonical.from_json(job.request["request"]).pixel_steps for job in jobs)
+    return busy / cost if cost else None
