@@ -38,12 +38,6 @@ class Clients:
         answer = await self._asked("GET", url)
         return answer.content if answer.status_code == 200 else None
 
-    async def drawn_alone(self, job: PlannedJob) -> list[dict[str, Any]]:
-        """The same request's pictures in base64, drawn anew and at once."""
-        body = {name: value for name, value in job.body.items() if name != "deadline_s"} | {"cache": False}
-        answer = await self._asked("POST", "/v1/generate", job.owner, json=body)
-        return answer.raise_for_status().json()["images"]
-
     async def look(self, job: PlannedJob, job_id: str) -> dict[str, Any]:
         """The job as its owner is shown it; nothing where there is said to be none."""
         return self._saw(job_id, await self._asked("GET", f"/v1/jobs/{job_id}", job.owner))
@@ -93,9 +87,7 @@ class Clients:
         result = told["result"] is not None
         images = sorted(told["images"], key=lambda image: image["index"]) if result else []
         pictures = tuple(image["sha256"] for image in images)
-        seen = Seen(
-            job_id=job_id, status=told["status"], attempt=told["attempt"], pictures=pictures, result=result
-        )
+        seen = Seen(job_id=job_id, status=told["status"], attempt=told["attempt"], pictures=pictures, result=result)
         self._log.write(seen)
         return told
 

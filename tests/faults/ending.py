@@ -1,7 +1,6 @@
 """How everything stands at the end: the rows of the database, the pictures, and each beside its undisturbed twin."""
 
 import asyncio
-import base64
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,9 @@ from app.jobs.tables import PENDING, deliveries, events, jobs
 from tests.faults.client import Clients
 from tests.faults.log import Change, EndDelivery, EndJob, EndPicture, Log
 from tests.faults.plan import PlannedJob
+from tests.faults.twins import Twins
 
 POLL_S = 1.0
-AT_ONCE = 4  # pictures that are compared at a time
 
 
 async def settled(database: Database) -> None:
@@ -66,36 +65,32 @@ def _end_of(row: Row[Any], changes: Sequence[Change]) -> EndJob:
     )
 
 
-async def write_pictures(ended: Sequence[EndJob], planned: Sequence[PlannedJob], clients: Clients, log: Log) -> None:
-    """Fetches every picture of the jobs that succeeded, and draws each anew beside it."""
-    by_seed: Mapping[int, PlannedJob] = {job.seed: job for job in planned}
-    places = asyncio.Semaphore(AT_ONCE)
+async def write_pictures(
+    ended: Sequence[EndJob], planned: Sequence[PlannedJob], clients: Clients, twins: Twins, log: Log
+) -> None:
+    """Fetches every picture of the jobs that succeeded, and compares it with its twin."""
+    by_seed = {job.seed: job for job in planned}
+    for job in ended:
+        if job.state is not State.SUCCEEDED or job.seed not in by_seed:
+            continue
+        plan = by_seed[job.seed]
+        alone = [decoded(data) for data in await twins.of(plan)]
+        for image in (await clients.look(plan, job.job_id)).get("images", []):
+            data = None if image["url"] is None else await clients.picture(image["url"])
+            log.write(_beside(job.job_id, image, data, alone[image["index"]]))
 
-    async def compare(job: EndJob) -> None:
-        async with places:
-            await _compare(job, by_seed[job.seed], clients, log)
 
-    async with asyncio.TaskGroup() as tasks:
-        for job in ended:
-            if job.state is State.SUCCEEDED and job.seed in by_seed:
-                tasks.create_task(compare(job))
-
-
-async def _compare(job: EndJob, plan: PlannedJob, clients: Clients, log: Log) -> None:
-    alone = {image["seed"]: image["base64"] for image in await clients.drawn_alone(plan)}
-    for image in (await clients.look(plan, job.job_id)).get("images", []):
-        data = await clients.picture(image["url"])
-        pixels = None if data is None else decoded(data)
-        twin = decoded(base64.b64decode(alone.get(image["seed"], "")))
-        picture = EndPicture(
-            job_id=job.job_id,
-            index=image["index"],
-            recorded=image["sha256"],
-            found=None if data is None else hashlib.sha256(data).hexdigest(),
-            decodes=pixels is not None,
-            difference=None if pixels is None or twin is None else difference(pixels, twin),
-        )
-        log.write(picture)
+def _beside(job_id: str, image: Mapping[str, Any], data: bytes | None, twin: np.ndarray | None) -> EndPicture:
+    """A picture, as the job tells of it and as it came, beside what it should be."""
+    pixels = None if data is None else decoded(data)
+    return EndPicture(
+        job_id=job_id,
+        index=image["index"],
+        recorded=image["sha256"],
+        found=None if data is None else hashlib.sha256(data).hexdigest(),
+        decodes=pixels is not None,
+        difference=None if pixels is None or twin is None else difference(pixels, twin),
+    )
 
 
 def decoded(data: bytes) -> np.ndarray | None:

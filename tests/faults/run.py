@@ -22,6 +22,7 @@ from tests.faults.places import PLACES, Place
 from tests.faults.plan import OWNERS, Plan
 from tests.faults.receiver import PATH, Receiver, receiving
 from tests.faults.system import Surroundings, System
+from tests.faults.twins import twins
 
 # After the last fault everything has to come to its end. A webhook whose second attempt was lost, too, is sent again
 # five minutes later.
@@ -72,8 +73,8 @@ async def run(wanted: Run, console: Console) -> None:
                 await ending.settled(database)
         with console.status("comparing the pictures"):
             ended = await ending.write_rows(database, log)
-            async with _at_most(SETTLE_S):
-                await ending.write_pictures(ended, wanted.plan.jobs, clients, log)
+            async with _at_most(SETTLE_S), twins(system.model) as alone:
+                await ending.write_pictures(ended, wanted.plan.jobs, clients, alone, log)
 
 
 async def _migrated(url: str) -> Database:

@@ -15,6 +15,7 @@ import httpx2
 import psutil
 import yaml
 
+from app.settings import ModelSettings
 from tests.acceptance.conftest import free_port
 from tests.faults.log import FaultKind
 from tests.faults.places import Place
@@ -63,11 +64,15 @@ class System:
 
     async def __aenter__(self) -> Self:
         config = self._surroundings.folder / "serve_config.yaml"
-        config.write_text(yaml.safe_dump(configuration(self._surroundings, self.address)))
+        described = configuration(self._surroundings, self.address)
+        config.write_text(yaml.safe_dump(described))
+        self.model = ModelSettings.model_validate(described["applications"][0]["args"])
         environment = os.environ | {"RAY_AUTH_MODE": "disabled", MARK: str(self._surroundings.folder)}
         environment |= self._surroundings.place.environment
         command = (sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", str(self._port))
-        with self._log.open("wb") as said:  # a session of its own: a terminal's Ctrl-C is for the harness, which stops it
+        with self._log.open(
+            "wb"
+        ) as said:  # a session of its own: a terminal's Ctrl-C is for the harness, which stops it
             self._process = await asyncio.create_subprocess_exec(
                 *command, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
             )

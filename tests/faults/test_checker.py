@@ -79,9 +79,7 @@ class Tale:
         Hook(webhook_id="msg_1", job_id=JOB, event="completed", status="succeeded", answered=500, verified=True),
         Hook(webhook_id="msg_1", job_id=JOB, event="completed", status="succeeded", answered=204, verified=True),
     )
-    picture: EndPicture | None = EndPicture(
-        job_id=JOB, index=0, recorded=SHA, found=SHA, decodes=True, difference=1
-    )
+    picture: EndPicture | None = EndPicture(job_id=JOB, index=0, recorded=SHA, found=SHA, decodes=True, difference=1)
     more: tuple[AnyEvent, ...] = ()
 
     def violations(self) -> list[checker.Violation]:
@@ -104,11 +102,11 @@ WELL = Tale()
 FAULT = Injected(at=2.5, until=2.5, kind="runner", target="process 1")
 
 
-def ended(end: State, **changes: Any) -> EndJob:
-    """The job, which came to another end."""
+def ended(*ends: State, **changes: Any) -> EndJob:
+    """The job, whose second attempt went another way, without a result."""
     assert WELL.job is not None
-    moves = (*WELL.job.changes[:4], state(5, end, 2))
-    return but(WELL.job, state=end, result=False, changes=moves, **changes)
+    moves = [state(5 + i, end, 2) for i, end in enumerate(ends)]
+    return but(WELL.job, state=ends[-1], changes=(*WELL.job.changes[:4], *moves), **{"result": False} | changes)
 
 
 def claimed(owner: str, number: int, from_s: float, at: float) -> tuple[AnyEvent, ...]:
@@ -164,7 +162,7 @@ BROKEN = {
     ),
     "I4: another job for the same key": (
         "I4",
-        replace(WELL, more=(but(WELL.job, job_id=OTHER, state=State.FAILED, webhook=False, result=False),)),
+        replace(WELL, more=(ended(State.FAILED, job_id=OTHER, webhook=False),)),
     ),
     "I4: a replay that is not marked": ("I4", replace(WELL, again=WELL.submitted)),
     "I4: nobody's job": ("I4", replace(WELL, more=claimed("ada", 5, 1.0, 2.0)[1:])),
@@ -175,15 +173,17 @@ BROKEN = {
         "I6",
         replace(
             WELL,
-            job=but(ended(State.CANCELLED), result=True),
+            job=ended(State.CANCELLING, State.CANCELLED, result=True),
             sights=(Seen(job_id=JOB, status=State.CANCELLED, attempt=2),),
             hooks=tuple(but(hook, status="cancelled") for hook in WELL.hooks),
             picture=None,
         ),
     ),
     "I7: no webhook": ("I7", replace(WELL, delivery=None, hooks=())),
-    "I7: two webhooks": ("I7", replace(WELL, more=(EndDelivery(
-        webhook_id="msg_2", job_id=JOB, event="completed", state="dead", attempts=1),))),
+    "I7: two webhooks": (
+        "I7",
+        replace(WELL, more=(EndDelivery(webhook_id="msg_2", job_id=JOB, event="completed", state="dead", attempts=1),)),
+    ),
     "I7: a webhook nobody sent": ("I7", replace(WELL, delivery=but(WELL.delivery, state="pending"))),
     "I7: a webhook nobody took": ("I7", replace(WELL, hooks=WELL.hooks[:1])),
     "I7: another id": ("I7", replace(WELL, hooks=(*WELL.hooks, but(WELL.hooks[0], webhook_id="msg_2")))),
@@ -192,7 +192,9 @@ BROKEN = {
     "I8: others are served again and again": ("I8", replace(WELL, more=turns(ada_waits_s=checker.TURNS + 1.5))),
     "I9: an attempt twice": (
         "I9",
-        replace(WELL, job=but(WELL.job, changes=(*WELL.job.changes[:3], state(4, State.RUNNING, 1), *WELL.job.changes[4:]))),
+        replace(
+            WELL, job=but(WELL.job, changes=(*WELL.job.changes[:3], state(4, State.RUNNING, 1), *WELL.job.changes[4:]))
+        ),
     ),
     "I9: a picture twice": (
         "I9",
@@ -252,7 +254,14 @@ def test_percentiles_are_values_that_were_measured():
 
 
 def test_a_plan_follows_from_its_seed():
-    arguments = {"jobs": 50, "faults": 20, "kinds": ("model", "database"), "every_s": 5.0, "outage_s": 9.0, "rest_s": 4.0}
+    arguments = {
+        "jobs": 50,
+        "faults": 20,
+        "kinds": ("model", "database"),
+        "every_s": 5.0,
+        "outage_s": 9.0,
+        "rest_s": 4.0,
+    }
     plan = planned(1, **arguments)
     assert plan == planned(1, **arguments)
     assert plan != planned(2, **arguments)
