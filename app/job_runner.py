@@ -12,7 +12,7 @@ from typing import Any
 from app import stores
 from app.database import Database
 from app.fetch import Fetcher
-from app.jobs.making import Drawn, DrawEvent, Maker
+from app.jobs.making import Draw, Drawn, DrawEvent, Maker
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import UPSCALER
@@ -24,7 +24,7 @@ from app.webhooks.deliverer import Deliverer
 from models.events import Finished, Progress
 from models.request import EffectiveRequest
 
-CLOSE_S = 20.0  # for handing jobs back, and for the webhooks under way
+CLOSE_S = 25.0  # for handing jobs back, and for the webhooks under way
 _DAY_S = 24 * 3600.0
 
 
@@ -39,7 +39,7 @@ class JobRunner:
         self._database = Database(settings.database)
         jobs = JobStore(self._database)
         pictures = stores.opened(settings.store, derive(read_or_make(Path(settings.secret_file)), "pictures"))
-        maker = Maker(jobs, pictures, self._draw, self._service.upscale)
+        maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(
             at_once=settings.max_running,
             lease_s=settings.lease_s,
@@ -76,14 +76,20 @@ class JobRunner:
         await asyncio.gather(*self._working, return_exceptions=True)
         await self._database.close()
 
-    async def _draw(self, request: EffectiveRequest) -> AsyncGenerator[DrawEvent, None]:
-        async with aclosing(self._service.stream(request)) as events:
+
+def drawing(service: Service) -> Draw:
+    """The service as a maker sees it, who stands below it."""
+
+    async def draw(request: EffectiveRequest) -> AsyncGenerator[DrawEvent, None]:
+        async with aclosing(service.stream(request)) as events:
             async for event in events:
                 match event:
                     case GenerationResult(id=id, created=created, revision=revision, total_s=total_s):
                         yield Drawn(id=id, created=created, revision=revision, total_s=total_s)
                     case Progress() | Finished():
                         yield event
+
+    return draw
 
 
 def _lasting(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -107,11 +107,13 @@ class Server:
 
 
 def one_model(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with only the benchmarked model, which has these settings besides its own."""
-    applications = [a for a in config["applications"] if not a["name"].startswith("model-") or MODEL in a["name"]]
+    """The configuration with only the benchmarked model, which has these settings besides its own, and without jobs."""
+    wanted = [a for a in config["applications"] if not a["name"].startswith("model-") or MODEL in a["name"]]
+    applications = [a for a in wanted if a["name"] != "jobs"]
     model = next(a for a in applications if a["name"] == f"model-{MODEL}")
     model["args"] |= settings
     gateway = next(a for a in applications if a["name"] == "gateway")
+    del gateway["args"]["jobs"]
     gateway["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
     return {**config, "applications": applications}
 

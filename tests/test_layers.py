@@ -27,14 +27,14 @@ TORCH_FREE_MODELS = tuple(
     f"models.{name}"
     for name in (
         *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas"),
-        *("images", "decoding", "png", "exif", "infotext", "metadata"),
+        *("images", "decoding", "png", "exif", "infotext", "metadata", "document"),
     )
 )
 TORCH_FREE_APP = tuple(
     f"app.{name}"
     for name in (
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
-        *("auth", "keys", "metered", "pictures", "secret"),
+        *("auth", "keys", "metered", "pictures", "secret", "job_runner", "job_commands"),
     )
 )
 
@@ -51,7 +51,7 @@ APP_ORDER = (
     ("app.router", "app.jobs", "app.stores", "app.keys"),
     ("app.service",),
     ("app.dialects",),
-    ("app.ingress", "app.replica", "app.upscaler"),
+    ("app.ingress", "app.replica", "app.upscaler", "app.job_runner"),
     ("app.main",),
 )
 

@@ -113,7 +113,9 @@ def test_the_configuration_is_told_whole() -> None:
 
 def test_the_api_is_told_whole() -> None:
     text = (HOUSE / "docs" / "api.md").read_text().split("## The fields")[1].split("## ")[0]
-    assert {name for row in _rows(text) for name in re.findall(r"`(\w+)`", row[0])} == set(GenerateBody.model_fields)
+    assert {name for row in _rows(text) for name in re.findall(r"`(\w+)`", row[0])} == {
+        field.alias or name for name, field in GenerateBody.model_fields.items()
+    }
 
 
 def test_the_page_of_samplers_lists_them_all() -> None:

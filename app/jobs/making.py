@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -23,10 +23,20 @@ from models.request import EffectiveRequest
 
 T = TypeVar("T")
 
-PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # before a picture is put into the store again: it need not be drawn again
-BUSY_S = (1.0, 15.0)  # the shortest and the longest pause before a busy model is asked again
-PATIENCE_S = 600.0  # with a busy model, in one attempt
 DATABASE_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """With what is busy or away, in seconds.
+
+    `store_s` are the pauses before a picture is put into the store again, which saves drawing it again; `busy_s` the
+    shortest and the longest pause before a busy model is asked again; `model_s` is how long that goes on.
+    """
+
+    store_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    busy_s: tuple[float, float] = (1.0, 15.0)
+    model_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +62,11 @@ class Enlarge(Protocol):
 class Maker:
     """Makes what jobs promise."""
 
-    def __init__(self, jobs: JobStore, pictures: Store, draw: Draw, enlarge: Enlarge):
+    def __init__(
+        self, jobs: JobStore, pictures: Store, draw: Draw, enlarge: Enlarge, patience: Patience | None = None
+    ):
         self._jobs, self._pictures, self._draw, self._enlarge = jobs, pictures, draw, enlarge
+        self._patience = patience or Patience()
 
     async def __call__(self, attempt: Attempt) -> Mapping[str, Any]:
         """The result of the attempt's job; its pictures are told to the job one by one before that.
@@ -63,14 +76,15 @@ class Maker:
         owner = attempt.job.owner
         current.set(Caller(id=owner, name=owner, scopes=frozenset(), limits=Limits()))  # of this task alone
         made = self._enlarged if attempt.job.kind == canonical.UPSCALE else self._drawn
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + self._patience.model_s
         while True:
             try:
                 return await made(attempt)
             except Overloaded as busy:
                 if time.monotonic() >= until:
                     raise
-                await asyncio.sleep(min(max(busy.retry_after_s, BUSY_S[0]), BUSY_S[1]))
+                shortest, longest = self._patience.busy_s
+                await asyncio.sleep(min(max(busy.retry_after_s, shortest), longest))
 
     async def _drawn(self, attempt: Attempt) -> Mapping[str, Any]:
         steps: dict[int, int] = {}
@@ -107,7 +121,7 @@ class Maker:
 
     async def _tell(self, attempt: Attempt, keep: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
         """Keeps a picture and tells the job of it. The database may be away for a while; heartbeats say if for long."""
-        output = await _persist(keep)
+        output = await _persist(keep, self._patience.store_s)
         while True:
             try:
                 await self._jobs.output(attempt.claim, output)
@@ -125,9 +139,9 @@ def _progress(steps: Mapping[int, int], total: int) -> JobProgress:
     return JobProgress(done=min(done, total), total=total, phase="denoising" if done < total else "decoding")
 
 
-async def _persist(keep: Callable[[], Awaitable[T]]) -> T:
+async def _persist(keep: Callable[[], Awaitable[T]], pauses_s: Sequence[float]) -> T:
     """Raises Unavailable once the store has failed for as long as all pauses take."""
-    for pause_s in PAUSES_S:
+    for pause_s in pauses_s:
         try:
             return await keep()
         except Unavailable:

@@ -7,7 +7,6 @@ and those of one that is gone are queued again by the others when their leases h
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from app.jobs.store import JobStore
 from models.errors import GenerationFailed, HeliographError, Unavailable
 
 COMMIT_PAUSE_S = 0.5  # between two tries to write an end down while the database is away
-BACKOFF_S = (2.0, 10.0)  # after the first and the second error of a job, before it is queued again
 REAPED_AT_ONCE, PRUNED_AT_ONCE = 100, 500
 _HOUR_S, _DAY_S = 3600.0, 24 * 3600.0
 
@@ -36,7 +34,8 @@ _log = logging.getLogger(__name__)
 class Pace:
     """How often a runner does what, in seconds, and how many jobs of a model it works on at a time.
 
-    Jobs lose their data `keep_s` after their end, and are forgotten after `forget_s`.
+    `backoff_s` are the pauses after a job's first errors, before it is queued again. Jobs lose their data `keep_s` after
+    their end, and are forgotten after `forget_s`.
     """
 
     at_once: int = 8
@@ -45,6 +44,7 @@ class Pace:
     look_s: float = 0.25  # between two looks into an empty queue
     reap_s: float = 1.0
     prune_s: float = 600.0
+    backoff_s: tuple[float, ...] = (2.0, 10.0)
     keep_s: float = 7 * _DAY_S
     forget_s: float = 30 * _DAY_S
 
@@ -145,9 +145,9 @@ class Runner:
         except ReplicaDied:
             raise
         except HeliographError as error:
-            failures = attempt.job.failures
-            if is_retryable(error) and failures < len(BACKOFF_S):
-                await asyncio.sleep(BACKOFF_S[failures] * random.uniform(0.8, 1.2))
+            pauses = self._pace.backoff_s[attempt.job.failures :]
+            if is_retryable(error) and pauses:
+                await asyncio.sleep(pauses[0] * random.uniform(0.8, 1.2))
             raise
 
     async def _every(self, pause_s: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -22,6 +22,7 @@ def configuration() -> dict[str, Any]:
     """What ships, with one model, a gateway that wants keys and keeps pictures, and paths that are relative."""
     raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     model, gateway = raw["applications"][0], raw["applications"][-1]
+    del gateway["args"]["jobs"]
     gateway["args"] |= {"auth": "keys", "store": {"kind": "folder"}}
     gateway["deployments"][0]["user_config"] = {"default_model": "sd15", "models": [model["args"]]}
     return raw | {"applications": [model, gateway]}

@@ -75,5 +75,6 @@ def test_help_shows_every_option():
 def test_the_command_line_has_every_field_of_the_api():
     """But for those that a program needs, or that are another name of one."""
     elsewhere = {"prompt", "stream", "preview_every", "output_format", "init_image", "image_strength"}
-    elsewhere |= {"controls", "adapters"}  # --control, --lora
+    elsewhere |= {"controls", "adapters", "asynchronous"}  # --control, --lora, --async
+    elsewhere |= {"webhook_url", "webhook_events", "response"}
     assert set(GenerateBody.model_fields) - elsewhere <= {o.name for options in PANELS.values() for o in options}

@@ -69,8 +69,27 @@ def test_the_gateway_offers_the_upscaler_that_runs(raw: dict[str, Any], tmp_path
     catalogue["upscaler"]["max_waiting"] = 3
     assert "no application upscaler runs it" in refusal(raw, tmp_path)
     del catalogue["upscaler"]
-    raw["applications"][-2]["name"] = "larger"
+    next(a for a in raw["applications"] if a["name"] == "upscaler")["name"] = "larger"
     assert "named upscaler" in refusal(raw, tmp_path)
+
+
+def test_runners_and_gateway_share_what_they_keep_and_know(raw: dict[str, Any], tmp_path: Path):
+    jobs, gateway = raw["applications"][-2:]
+    for field, other in (("database", "sqlite:///b.db"), ("secret_file", "b"), ("store", {"kind": "folder", "path": "b"})):
+        mine = jobs["args"][field]
+        jobs["args"][field] = other
+        assert f"must have the same {field}" in refusal(raw, tmp_path)
+        jobs["args"][field] = mine
+    jobs["deployments"][0]["user_config"]["default_model"] = "sdxl"
+    assert "must have the same user_config" in refusal(raw, tmp_path)
+    jobs["deployments"][0]["user_config"]["default_model"] = "sd15"
+    jobs["name"] = "workers"
+    assert "one application named jobs" in refusal(raw, tmp_path)
+    jobs["name"] = "jobs"
+    taken = gateway["args"].pop("jobs")
+    assert "one application named jobs" in refusal(raw, tmp_path)
+    gateway["args"] |= {"jobs": taken, "store": None}
+    assert "jobs needs a store" in refusal(raw, tmp_path)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "pictures.example"])

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    raw["applications"][-1]["args"] |= {
-        "database": f"sqlite:///{tmp_path / 'keys.db'}",
-        "secret_file": str(tmp_path / "secret"),
-    }
+    for application in raw["applications"][-2:]:  # the runners and the gateway, which share them
+        application["args"] |= {
+            "database": f"sqlite:///{tmp_path / 'keys.db'}",
+            "secret_file": str(tmp_path / "secret"),
+        }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

@@ -1,0 +1,436 @@
+"""Jobs through the whole gateway: real SQLite, a real folder and a real runner, over a router in memory."""
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from app import ingress, stores
+from app.auth import Guard
+from app.database import Database
+from app.fetch import Fetcher
+from app.job_runner import drawing
+from app.jobs.making import Maker
+from app.jobs.runner import Pace, Runner
+from app.jobs.service import Jobs
+from app.jobs.store import Bounds, JobStore
+from app.keys.budgets import Budgets
+from app.keys.caller import Limits
+from app.keys.registry import Keys
+from app.metered import Metered
+from app.secret import derive, read_or_make
+from app.service import Service
+from app.settings import FetchSettings, FolderSettings, GatewaySettings, QueueSettings
+from models.errors import GenerationFailed
+from models.images import encode
+from tests.app.conftest import CARDS, UPSCALER, MemoryRouter
+
+PACE = Pace(beat_s=0.05, look_s=0.01, backoff_s=(0.01, 0.01))
+DRAW: dict[str, Any] = {"prompt": "a red circle", "steps": 2, "async": True}
+PNG = encode(np.full((64, 64, 3), 9, np.uint8), "png")
+
+
+class House:
+    """A gateway and a runner on one database."""
+
+    def __init__(self, folder: Path, router: MemoryRouter, keyed: bool = False):
+        self.folder = folder
+        self.database = Database(f"sqlite:///{folder / 'jobs.db'}")
+        self.router, self.store = router, JobStore(self.database, Bounds(waiting=20, per_owner=10))
+        self.keys = Keys(self.database, b"p" * 32)
+        kept = FolderSettings(path=str(folder / "pictures"))
+        settings = GatewaySettings(
+            auth="keys" if keyed else "open",
+            store=kept,
+            secret_file=str(folder / "secret"),
+            jobs=QueueSettings(),
+            max_body_bytes=100_000,
+        )
+        pictures = stores.opened(kept, derive(read_or_make(folder / "secret"), "pictures"))
+        budgets = Budgets()
+        metered = Metered(router, budgets)
+        jobs = Jobs(self.store, pictures, metered.charge, Fetcher(FetchSettings()).address)
+        service, behind = Service(metered, None, jobs), Service(router)
+        for one in (service, behind):
+            one.offer(CARDS, "sd15", lambda: (), UPSCALER)
+        guard = Guard("keys", self.keys, budgets) if keyed else None
+        self.app = ingress.build(service, settings, lambda: asyncio.sleep(0, None), guard)
+        self.runner = Runner("runner-1", self.store, Maker(self.store, pictures, drawing(behind), behind.upscale), PACE)
+
+    def client(self, key: str = "") -> httpx2.AsyncClient:
+        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        headers = {"x-api-key": key} if key else {}
+        return httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers, timeout=20)
+
+    def work(self) -> None:
+        """From now on jobs are claimed."""
+        self.runner.offer(("sd15", "sdxl", "upscaler"))
+
+
+async def opened(folder: Path, router: MemoryRouter, keyed: bool = False) -> AsyncIterator[House]:
+    house = House(folder, router, keyed)
+    await house.database.migrate()
+    task = asyncio.create_task(house.runner.run())
+    yield house
+    house.runner.stop()
+    await asyncio.wait({task}, timeout=5)
+    task.cancel()
+    await house.database.close()
+
+
+@pytest.fixture
+async def house(tmp_path: Path, router: MemoryRouter) -> AsyncIterator[House]:
+    async for house in opened(tmp_path, router):
+        yield house
+
+
+@pytest.fixture
+async def keyed(tmp_path: Path, router: MemoryRouter) -> AsyncIterator[House]:
+    async for house in opened(tmp_path, router, keyed=True):
+        yield house
+
+
+@pytest.fixture
+async def client(house: House) -> AsyncIterator[httpx2.AsyncClient]:
+    async with house.client() as client:
+        yield client
+
+
+async def finished(client: httpx2.AsyncClient, id: str) -> dict[str, Any]:
+    answer = await client.get(f"/v1/jobs/{id}", headers={"prefer": "wait=10"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["preference-applied"] == "wait=10"
+    assert answer.json()["finished_at"], answer.text
+    return answer.json()
+
+
+def refused(answer: httpx2.Response, status: int, field: str) -> None:
+    assert (answer.status_code, answer.json()["error"].get("field")) == (status, field), answer.text
+
+
+async def test_an_asynchronous_request_is_a_job_and_its_result_the_synchronous_answer(
+    house: House, client: httpx2.AsyncClient
+):
+    answer = await client.post("/v1/generate", json=DRAW | {"seed": 7, "samples": 2})
+    assert answer.status_code == 202
+    queued = answer.json()
+    id = queued["job_id"]
+    assert answer.headers["location"] == f"/v1/jobs/{id}" == queued["urls"]["self"]
+    assert (queued["status"], queued["position"], queued["eta_s"]) == ("queued", {"ahead": 0, "exact": True}, None)
+    assert (queued["model"], queued["kind"], queued["attempt"]) == ("sd15", "generate", 0)
+    house.work()
+    done = await finished(client, id)
+    assert (done["status"], done["attempt"], done["error"], done["position"]) == ("succeeded", 1, None, None)
+    at_once = (await client.post("/v1/generate", json={"prompt": "a red circle", "steps": 2, "seed": 7, "samples": 2})).json()
+    assert set(at_once) <= set(done["result"])
+    assert done["result"]["parameters"] == at_once["parameters"]
+    for image, same in zip(done["result"]["images"], at_once["images"], strict=True):
+        stored = await client.get(image["url"])
+        assert stored.content == base64.b64decode(same["base64"])
+    assert [image["seed"] for image in done["images"]] == [7, 8]
+    assert (await client.get(f"/jobs/{id}")).json()["job_id"] == id
+
+
+async def test_a_job_can_answer_in_base64(house: House, client: httpx2.AsyncClient):
+    house.work()
+    answer = await client.post("/v1/generate", json=DRAW | {"response": "base64"}, headers={"prefer": "wait"})
+    assert (answer.status_code, answer.headers["preference-applied"]) == (200, "wait=60")
+    [image] = answer.json()["result"]["images"]
+    assert Image.open(io.BytesIO(base64.b64decode(image["base64"]))).size == (128, 128)
+    assert "url" not in image
+
+
+async def test_prefer_answers_with_the_job_as_it_stands_when_the_time_is_over(client: httpx2.AsyncClient):
+    answer = await client.post("/v1/generate", json=DRAW, headers={"prefer": "respond-async, wait=1"})
+    assert (answer.status_code, answer.json()["status"]) == (202, "queued")
+    for wrong in ("wait=0", "wait=61"):
+        refused(await client.post("/v1/generate", json=DRAW, headers={"prefer": wrong}), 422, "Prefer")
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "fields"),
+    [
+        ("img2img", {"image": PNG}, {}),
+        ("inpaint", {"image": PNG, "mask": PNG}, {}),
+        ("outpaint", {"image": PNG}, {"left": "8"}),
+        ("variations", {"image": PNG}, {}),
+        ("upscale", {"image": PNG}, {"scale": "2"}),
+    ],
+)
+async def test_every_way_to_draw_may_be_a_job(
+    house: House, client: httpx2.AsyncClient, path: str, files: dict[str, bytes], fields: dict[str, str]
+):
+    house.work()
+    prompt = {} if path == "upscale" else {"prompt": "x", "steps": "2"}
+    answer = await client.post(f"/v1/{path}", files=files, data=prompt | fields | {"async": "true"})
+    assert answer.status_code == 202, answer.text
+    done = await finished(client, answer.json()["job_id"])
+    assert (done["status"], done["kind"]) == ("succeeded", path), done["error"]
+    assert (await client.get(done["result"]["images"][0]["url"])).status_code == 200
+
+
+async def test_fields_of_a_job_that_go_nowhere_are_refused(client: httpx2.AsyncClient):
+    plain = {"prompt": "x"}
+    hook = "https://example.com/hook"
+    refused(await client.post("/v1/generate", json=plain | {"webhook_url": hook}), 422, "webhook_url")
+    refused(await client.post("/v1/generate", json=DRAW | {"webhook_events": ["start"]}), 422, "webhook_events")
+    events = DRAW | {"webhook_url": hook, "webhook_events": ["begin"]}
+    refused(await client.post("/v1/generate", json=events), 422, "webhook_events.0")
+    refused(await client.post("/v1/generate", json=DRAW | {"webhook_url": "ftp://x/y"}), 422, "webhook_url")
+    refused(await client.post("/v1/generate", json=DRAW | {"stream": True}), 422, "stream")
+    refused(await client.post("/v1/generate", json=DRAW | {"steps": 0}), 422, "steps")
+    refused(await client.get("/v1/jobs?colour=red"), 422, "colour")
+    refused(await client.get("/v1/jobs?status=done"), 422, "status")
+    refused(await client.get("/v1/jobs?limit=x"), 422, "limit")
+    assert (await client.post("/v1/generate", json=DRAW, headers={"accept": "image/png"})).status_code == 406
+
+
+async def test_a_waiting_job_is_cancelled_and_tried_again_as_another(house: House, client: httpx2.AsyncClient):
+    id = (await client.post("/v1/generate", json=DRAW | {"seed": 3})).json()["job_id"]
+    refused(await client.post(f"/v1/jobs/{id}/retry"), 422, "id")
+    assert (await client.post(f"/v1/jobs/{id}/cancel")).json()["status"] == "cancelled"
+    assert (await client.post(f"/v1/jobs/{id}/cancel")).json()["status"] == "cancelled"
+    again = await client.post(f"/v1/jobs/{id}/retry")
+    assert (again.status_code, again.json()["retry_of"]) == (202, id)
+    house.work()
+    done = await finished(client, again.json()["job_id"])
+    assert done["images"][0]["seed"] == 3
+    assert (await client.get(f"/v1/jobs/{id}")).json()["status"] == "cancelled"
+
+
+async def test_a_running_job_is_cancelled(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    router.gate.clear()
+    house.work()
+    id = (await client.post("/v1/generate", json=DRAW)).json()["job_id"]
+    while not router.running:
+        await asyncio.sleep(0.01)
+    assert (await client.post(f"/v1/jobs/{id}/cancel")).json()["status"] == "cancelling"
+    assert (await finished(client, id))["status"] == "cancelled"
+    assert not router.running
+
+
+async def test_a_failed_job_tells_its_error(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    router.failure = GenerationFailed("nan_latents", "the latents are not numbers")
+    house.work()
+    done = await finished(client, (await client.post("/v1/generate", json=DRAW)).json()["job_id"])
+    assert (done["status"], done["result"]) == ("failed", None)
+    expected = {"code": "nan_latents", "message": "the latents are not numbers", "field": None, "retryable": False}
+    assert done["error"] == expected
+
+
+async def test_jobs_are_listed_by_pages_and_filters(house: House, client: httpx2.AsyncClient):
+    made = [(await client.post("/v1/generate", json=DRAW)).json()["job_id"] for _ in range(5)]
+    await client.post(f"/v1/jobs/{made[0]}/cancel")
+    seen, cursor = [], None
+    while True:
+        page = (await client.get("/v1/jobs", params={"limit": 2} | ({"cursor": cursor} if cursor else {}))).json()
+        seen += [job["job_id"] for job in page["jobs"]]
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert seen == made[::-1]
+    some = (await client.get("/v1/jobs?status=cancelled,failed&model=sd15&kind=generate")).json()
+    assert [job["job_id"] for job in some["jobs"]] == [made[0]]
+    assert (await client.get("/v1/jobs?model=sdxl")).json() == {"jobs": [], "next": None}
+
+
+def events_of(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+    found = []
+    for block in text.strip().split("\n\n"):
+        id, name, data = (line.partition(": ")[2] for line in block.split("\n"))
+        found.append((int(id), name, json.loads(data)))
+    return found
+
+
+async def test_the_events_of_a_job_are_numbered_end_with_it_and_are_taken_up_again(
+    house: House, client: httpx2.AsyncClient
+):
+    id = (await client.post("/v1/generate", json=DRAW | {"seed": 5})).json()["job_id"]
+    reading = asyncio.create_task(client.get(f"/v1/jobs/{id}/events"))
+    await asyncio.sleep(0.1)
+    house.work()
+    answer = await reading
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = events_of(answer.text)
+    assert [id for id, _, _ in events] == list(range(1, len(events) + 1))
+    states = [data["status"] for _, name, data in events if name == "state"]
+    assert states == ["queued", "running", "succeeded"]
+    [output] = [data for _, name, data in events if name == "output"]
+    assert (output["seed"], (await client.get(output["url"])).status_code) == (5, 200)
+    rest = await client.get(f"/v1/jobs/{id}/events", headers={"last-event-id": "2"})
+    assert [id for id, _, _ in events_of(rest.text)] == list(range(3, len(events) + 1))
+    assert (await client.get(f"/v1/jobs/{id}/events", headers={"last-event-id": str(len(events))})).text == ""
+    refused(await client.get(f"/v1/jobs/{id}/events", headers={"last-event-id": "x"}), 422, "Last-Event-ID")
+    assert (await client.get(f"/v1/jobs/{'0' * 32}/events")).status_code == 404
+
+
+async def test_the_time_to_come_is_told_by_what_the_last_jobs_took(house: House, client: httpx2.AsyncClient):
+    house.work()
+    first = (await client.post("/v1/generate", json=DRAW)).json()
+    assert first["eta_s"] is None, "nothing was measured yet"
+    done = await finished(client, first["job_id"])
+    took = done["finished_at"] - done["started_at"]
+    house.runner.offer(())
+    async with House(house.folder, house.router).client() as another:  # this gateway has looked just now
+        waiting = [(await another.post("/v1/generate", json=DRAW)).json() for _ in range(2)]
+        other = (await another.post("/v1/generate", json=DRAW | {"model": "sdxl"})).json()
+    assert [job["eta_s"] for job in waiting] == [pytest.approx(took), pytest.approx(2 * took)]
+    assert waiting[1]["position"] == {"ahead": 1, "exact": True}
+    assert other["eta_s"] is None
+
+
+async def test_a_key_makes_one_job_however_often_it_is_sent(house: House, client: httpx2.AsyncClient):
+    headers = {"idempotency-key": "order 1"}
+    answers = await asyncio.gather(*(client.post("/v1/generate", json=DRAW, headers=headers) for _ in range(5)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["job_id"] for answer in answers}) == 1
+    assert sum("idempotency-replayed" not in answer.headers for answer in answers) == 1
+    same = await client.post("/v1/generate", content=json.dumps(dict(reversed(DRAW.items()))), headers=headers)
+    assert same.headers["idempotency-replayed"] == "true"
+    refused(await client.post("/v1/generate", json=DRAW | {"steps": 3}, headers=headers), 422, "Idempotency-Key")
+    other = await client.post("/v1/variations", json=DRAW | {"seed": 1}, headers=headers)
+    assert other.json()["job_id"] != answers[0].json()["job_id"], "a key belongs to its path"
+    refused(await client.post("/v1/generate", json=DRAW, headers={"idempotency-key": "x" * 256}), 422, "Idempotency-Key")
+
+
+async def test_a_refused_request_does_not_use_its_key_up(client: httpx2.AsyncClient):
+    headers = {"idempotency-key": "order 2"}
+    refused(await client.post("/v1/generate", json=DRAW | {"steps": 0}, headers=headers), 422, "steps")
+    answer = await client.post("/v1/generate", json=DRAW, headers=headers)
+    assert (answer.status_code, "idempotency-replayed" in answer.headers) == (202, False)
+
+
+async def test_files_count_for_a_key_by_what_is_in_them(house: House, client: httpx2.AsyncClient):
+    other = encode(np.full((64, 64, 3), 10, np.uint8), "png")
+    headers, fields = {"idempotency-key": "order 3"}, {"prompt": "x", "async": "true"}
+    first = await client.post("/v1/img2img", files={"image": PNG}, data=fields, headers=headers)
+    again = await client.post("/v1/img2img", files={"image": PNG}, data=fields, headers=headers)
+    assert again.json()["job_id"] == first.json()["job_id"]
+    refused(
+        await client.post("/v1/img2img", files={"image": other}, data=fields, headers=headers), 422, "Idempotency-Key"
+    )
+
+
+async def test_a_synchronous_answer_is_given_again(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    house.work()
+    body, headers = {"prompt": "a red circle", "steps": 2}, {"idempotency-key": "order 4"}
+    first = await client.post("/v1/generate", json=body, headers=headers)
+    again = await client.post("/v1/generate", json=body, headers=headers)
+    assert (first.status_code, again.status_code) == (200, 200), first.text
+    assert ("idempotency-replayed" in first.headers, again.headers["idempotency-replayed"]) == (False, "true")
+    assert again.json() == first.json()
+    assert len(router.requests) == 1
+    picture = {"accept": "image/png", "idempotency-key": "order 5"}
+    pictures = [await client.post("/v1/generate", json=body, headers=picture) for _ in range(2)]
+    assert pictures[0].content == pictures[1].content
+    assert (pictures[1].headers["content-type"], len(router.requests)) == ("image/png", 2)
+
+
+async def test_a_synchronous_request_in_flight_is_409_and_goes_on_without_its_caller(
+    house: House, client: httpx2.AsyncClient, router: MemoryRouter
+):
+    router.gate.clear()
+    house.work()
+    body, headers = {"prompt": "a red circle", "steps": 2}, {"idempotency-key": "order 6"}
+    asking = asyncio.create_task(client.post("/v1/generate", json=body, headers=headers))
+    while not router.running:
+        await asyncio.sleep(0.01)
+    second = await client.post("/v1/generate", json=body, headers=headers)
+    assert (second.status_code, second.json()["error"]["code"]) == (409, "in_flight")
+    assert int(second.headers["retry-after"]) >= 1
+    asking.cancel()
+    await asyncio.wait({asking})
+    router.gate.set()
+    while (late := await client.post("/v1/generate", json=body, headers=headers)).status_code == 409:
+        await asyncio.sleep(0.02)
+    assert (late.status_code, late.headers["idempotency-replayed"]) == (200, "true")
+    assert len(router.requests) == 1
+
+
+async def test_a_synchronous_error_is_given_again(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    router.failure = GenerationFailed("nan_latents", "the latents are not numbers")
+    house.work()
+    body, headers = {"prompt": "a red circle", "steps": 2}, {"idempotency-key": "order 7"}
+    answers = [await client.post("/v1/generate", json=body, headers=headers) for _ in range(2)]
+    assert {(a.status_code, a.json()["error"]["code"]) for a in answers} == {(500, "nan_latents")}
+    assert len(router.requests) == 1
+    refused(
+        await client.post("/v1/generate", json=body | {"stream": True}, headers=headers), 422, "Idempotency-Key"
+    )
+
+
+async def test_an_upscaled_picture_is_given_again(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    house.work()
+    headers = {"idempotency-key": "order 8"}
+    answers = [await client.post("/v1/upscale", files={"image": PNG}, headers=headers) for _ in range(2)]
+    assert answers[0].json() == answers[1].json()
+    assert len(router.upscales) == 1
+    assert Image.open(io.BytesIO(base64.b64decode(answers[0].json()["images"][0]["base64"]))).size == (128, 128)
+
+
+async def test_transparency_outlives_the_queue(house: House, client: httpx2.AsyncClient, router: MemoryRouter):
+    seen: list[bytes] = []
+    enlarge = router.upscale
+
+    async def look(picture: bytes, *rest: Any) -> Any:
+        seen.append(picture)
+        return await enlarge(picture, *rest)
+
+    router.upscale = look
+    house.work()
+    clear = io.BytesIO()
+    Image.new("RGBA", (64, 64), (9, 9, 9, 40)).save(clear, "PNG")
+    answer = await client.post("/v1/upscale", files={"image": clear.getvalue()}, data={"async": "true"})
+    await finished(client, answer.json()["job_id"])
+    assert Image.open(io.BytesIO(seen[0])).getpixel((3, 3)) == (9, 9, 9, 40)
+
+
+async def test_a_full_queue_is_429(client: httpx2.AsyncClient):
+    answers = [await client.post("/v1/generate", json=DRAW) for _ in range(11)]
+    assert [answer.status_code for answer in answers] == [202] * 10 + [429]
+    assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+async def test_another_callers_job_is_like_one_that_never_was(keyed: House):
+    mine, theirs, boss = [
+        (await keyed.keys.create(name, scopes, Limits()))[1]
+        for name, scopes in (("a", ("generate", "jobs")), ("b", ("generate", "jobs")), ("c", ("jobs", "admin")))
+    ]
+    async with keyed.client(mine) as me, keyed.client(theirs) as other, keyed.client(boss) as admin:
+        id = (await me.post("/v1/generate", json=DRAW)).json()["job_id"]
+        for method, path in (("GET", ""), ("GET", "/events"), ("POST", "/cancel"), ("POST", "/retry")):
+            answers = [await other.request(method, f"/v1/jobs/{job}{path}") for job in (id, "0" * 32)]
+            assert [a.status_code for a in answers] == [404, 404]
+            texts = [a.text.replace(id, "") for a in answers]
+            assert texts[0] == texts[1].replace("0" * 32, "")
+        assert (await other.get("/v1/jobs")).json()["jobs"] == []
+        assert (await me.get(f"/v1/jobs/{id}")).json()["status"] == "queued"
+        assert (await admin.get(f"/v1/jobs/{id}")).status_code == 200
+        assert [job["job_id"] for job in (await admin.get("/v1/jobs")).json()["jobs"]] == [id]
+
+
+async def test_a_job_costs_its_caller_pixel_steps_when_it_is_submitted(keyed: House, router: MemoryRouter):
+    limits = Limits(pixel_steps_per_minute=2 * 128 * 128)
+    key = (await keyed.keys.create("painter", ("generate", "jobs"), limits))[1]
+    async with keyed.client(key) as client:
+        answers = [await client.post("/v1/generate", json=DRAW) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 429]
+
+
+async def test_a_server_that_keeps_no_jobs_says_so(router: MemoryRouter):
+    service = Service(router)
+    service.offer(CARDS, "sd15")
+    app = ingress.build(service, GatewaySettings(auth="open"), lambda: asyncio.sleep(0, None))
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        for options in ({"json": DRAW}, {"json": {"prompt": "x"}, "headers": {"idempotency-key": "a"}}):
+            answer = await client.post("/v1/generate", **options)
+            assert (answer.status_code, "keeps no jobs" in answer.text) == (404, True)
