@@ -7,6 +7,7 @@ stood at the end, is judged afterwards.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from app.jobs.states import TERMINAL, TRANSITIONS, State
 from tests.faults.log import Change, EndJob
@@ -75,7 +76,7 @@ def _wrong_ways(job: EndJob) -> Iterator[str]:
     states = [change.state for change in job.changes if change.state is not None]
     if states[:1] != [State.QUEUED]:
         yield "its first event does not tell that it was queued"
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         if (before, after) not in TRANSITIONS:
             yield f"went from {before} to {after}"
 

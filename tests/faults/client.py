@@ -50,9 +50,12 @@ class Clients:
         if job.cancel_after_s is not None:
             await asyncio.sleep(job.cancel_after_s)
             self._saw(job_id, await self._asked("POST", f"/v1/jobs/{job_id}/cancel", job.owner))
-        while (status := (await self.look(job, job_id)).get("status")) not in TERMINAL:
+        while True:
+            status = (await self.look(job, job_id)).get("status")
+            if status in TERMINAL:
+                told(State(status))
+                return
             await asyncio.sleep(POLL_S)
-        told(State(status))
 
     async def _submit(self, job: PlannedJob) -> str:
         """The job's id. Raises ValueError where the server refuses it for good."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sqlalchemy import Row, func, select
+from sqlalchemy import Row, exists, select
 
 from app.database import Database
 from app.jobs.states import TERMINAL, State
@@ -23,9 +23,10 @@ POLL_S = 1.0
 
 async def settled(database: Database) -> None:
     """Waits until every job has come to its end and every webhook is delivered or dead."""
-    going = select(func.count()).where(jobs.c.state.not_in(sorted(TERMINAL)))
-    pending = select(func.count()).where(PENDING)
-    while await database.read(lambda c: c.scalar(going)) or await database.read(lambda c: c.scalar(pending)):
+    unsettled = select(exists().where(jobs.c.state.not_in(sorted(TERMINAL))) | exists().where(PENDING))
+    while True:
+        if not await database.read(lambda c: c.scalar(unsettled)):
+            return
         await asyncio.sleep(POLL_S)
 
 

@@ -15,6 +15,7 @@ from tests.faults.plan import KILLS, PlannedFault
 from tests.faults.system import System
 
 PROCESS_TIMEOUT_S = 120.0  # in which a process that was killed has a successor
+LOOK_S = 0.2
 WRITERS: tuple[FaultKind, ...] = ("gateway", "runner")  # whoever writes to the database and to the folder
 SMALLEST_FILE = 1024  # bytes that fit on a full disk
 
@@ -26,7 +27,7 @@ class Injector:
         self._system, self._database, self._place, self._log = system, database, place, log
 
     async def run(self, faults: Sequence[PlannedFault], began: float, told: Callable[[], object]) -> None:
-        """Every fault at its time, also while an earlier one lasts. `began` is the loop's time; `told` hears of each."""
+        """Every fault at its time, also while another lasts. `began` is the loop's time; `told` hears of each."""
         async with asyncio.TaskGroup() as tasks:
             for fault in faults:
                 await asyncio.sleep(began + fault.at_s - asyncio.get_running_loop().time())
@@ -51,9 +52,10 @@ class Injector:
     async def _one(self, kind: FaultKind, choice: float) -> psutil.Process:
         """One of the processes that do this; while there is none, one that is to come."""
         async with asyncio.timeout(PROCESS_TIMEOUT_S):
-            while not (found := self._system.processes(kind)):
-                await asyncio.sleep(0.2)
-        return found[int(choice * len(found))]
+            while True:
+                if found := self._system.processes(kind):
+                    return found[int(choice * len(found))]
+                await asyncio.sleep(LOOK_S)
 
     async def _full_disk(self, lasts_s: float) -> str:
         """For whoever writes, no file may grow: the kernel refuses it (EFBIG), as it does where no room is left."""

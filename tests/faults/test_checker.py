@@ -1,7 +1,9 @@
 """For each invariant, a log that breaks it and no other; and what the harness makes of a log that breaks none."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,45 +43,17 @@ def output(seq: int, index: int = 0) -> Change:
     return Change(seq=seq, at=seq, kind="output", data={"index": index, "output": {"index": index}})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tale:
-    """A log in parts, so that one of them can be another in a test. As it stands, all went well after a death."""
+    """A log in parts, so that one of them can be another in a test."""
 
-    submitted: Submitted = Submitted(number=0, owner="ada", seed=7, samples=1, status=202, job_id=JOB)
+    submitted: Submitted
+    sights: tuple[Seen, ...]
+    job: EndJob | None
+    delivery: EndDelivery | None
+    hooks: tuple[Hook, ...]
+    picture: EndPicture | None
     again: Submitted | None = None
-    sights: tuple[Seen, ...] = (
-        Seen(job_id=JOB, status=State.RUNNING, attempt=2),
-        Seen(job_id=JOB, status=State.SUCCEEDED, attempt=2, pictures=(SHA,), result=True),
-    )
-    job: EndJob | None = EndJob(
-        job_id=JOB,
-        owner="ada",
-        model="sd15",
-        priority=0,
-        state=State.SUCCEEDED,
-        seed=7,
-        attempt=2,
-        deaths=1,
-        error=None,
-        webhook=True,
-        result=True,
-        changes=(
-            state(1, State.QUEUED, 0),
-            state(2, State.RUNNING, 1),
-            state(3, State.QUEUED, 1, reason="lease_lost"),
-            state(4, State.RUNNING, 2),
-            output(5),
-            state(6, State.SUCCEEDED, 2),
-        ),
-    )
-    delivery: EndDelivery | None = EndDelivery(
-        webhook_id="msg_1", job_id=JOB, event="completed", state="delivered", attempts=2
-    )
-    hooks: tuple[Hook, ...] = (
-        Hook(webhook_id="msg_1", job_id=JOB, event="completed", status="succeeded", answered=500, verified=True),
-        Hook(webhook_id="msg_1", job_id=JOB, event="completed", status="succeeded", answered=204, verified=True),
-    )
-    picture: EndPicture | None = EndPicture(job_id=JOB, index=0, recorded=SHA, found=SHA, decodes=True, difference=1)
     more: tuple[AnyEvent, ...] = ()
 
     def violations(self) -> list[checker.Violation]:
@@ -98,24 +72,56 @@ def but(event: Any, **changes: Any) -> Any:
     return event.model_copy(update=changes)
 
 
-WELL = Tale()
+SUBMITTED = Submitted(number=0, owner="ada", seed=7, samples=1, status=202, job_id=JOB)
+SIGHTS = (
+    Seen(job_id=JOB, status=State.RUNNING, attempt=2),
+    Seen(job_id=JOB, status=State.SUCCEEDED, attempt=2, pictures=(SHA,), result=True),
+)
+CHANGES = (
+    state(1, State.QUEUED, 0),
+    state(2, State.RUNNING, 1),
+    state(3, State.QUEUED, 1, reason="lease_lost"),
+    state(4, State.RUNNING, 2),
+    output(5),
+    state(6, State.SUCCEEDED, 2),
+)
+ENDED = EndJob(
+    job_id=JOB,
+    owner="ada",
+    model="sd15",
+    priority=0,
+    state=State.SUCCEEDED,
+    seed=7,
+    attempt=2,
+    deaths=1,
+    error=None,
+    webhook=True,
+    result=True,
+    changes=CHANGES,
+)
+DELIVERY = EndDelivery(webhook_id="msg_1", job_id=JOB, event="completed", state="delivered", attempts=2)
+HOOKS = tuple(
+    Hook(webhook_id="msg_1", job_id=JOB, event="completed", status="succeeded", answered=status, verified=True)
+    for status in (500, 204)
+)
+PICTURE = EndPicture(job_id=JOB, index=0, recorded=SHA, found=SHA, decodes=True, difference=1)
+# All went well after a death, and the receiver took the webhook the second time.
+WELL = Tale(submitted=SUBMITTED, sights=SIGHTS, job=ENDED, delivery=DELIVERY, hooks=HOOKS, picture=PICTURE)
 FAULT = Injected(at=2.5, until=2.5, kind="runner", target="process 1")
 
 
 def ended(*ends: State, **changes: Any) -> EndJob:
     """The job, whose second attempt went another way, without a result."""
-    assert WELL.job is not None
     moves = [state(5 + i, end, 2) for i, end in enumerate(ends)]
-    return but(WELL.job, state=ends[-1], changes=(*WELL.job.changes[:4], *moves), **{"result": False} | changes)
+    return but(ENDED, state=ends[-1], changes=(*CHANGES[:4], *moves), **{"result": False} | changes)
 
 
 def claimed(owner: str, number: int, from_s: float, at: float) -> tuple[AnyEvent, ...]:
     """A job of that owner which waited and was then served, and its submission."""
-    assert WELL.job is not None
     id = f"{number:032x}"
     moves = (state(1, State.QUEUED, 0, from_s), state(2, State.RUNNING, 1, at), state(3, State.FAILED, 1, at + 1))
     values = {"job_id": id, "owner": owner, "seed": number, "attempt": 1, "deaths": 0, "webhook": False}
-    job = but(WELL.job, state=State.FAILED, result=False, changes=moves, **values)
+    job = but(ENDED, state=State.FAILED, result=False, changes=moves, **values)
     return Submitted(number=number, owner=owner, seed=number, samples=1, status=202, job_id=id), job
 
 
@@ -125,16 +131,14 @@ def turns(ada_waits_s: float) -> tuple[AnyEvent, ...]:
     return (*claimed("ada", 99, 100.0, 100.0 + ada_waits_s), *bobs)
 
 
-assert WELL.job is not None
-assert WELL.picture is not None
 BROKEN = {
     "I1: it is not there": ("I1", replace(WELL, job=None, delivery=None, hooks=(), picture=None, sights=())),
     "I1: it still runs": (
         "I1",
         replace(
             WELL,
-            job=but(WELL.job, state=State.RUNNING, result=False, changes=WELL.job.changes[:4]),
-            sights=WELL.sights[:1],
+            job=but(ENDED, state=State.RUNNING, result=False, changes=CHANGES[:4]),
+            sights=SIGHTS[:1],
             delivery=None,
             hooks=(),
             picture=None,
@@ -143,39 +147,39 @@ BROKEN = {
     "I1: its owner is told there is none": ("I1", replace(WELL, more=(Seen(job_id=JOB, status="missing"),))),
     "I2: two ends": (
         "I2",
-        replace(WELL, job=but(WELL.job, changes=(*WELL.job.changes, state(7, State.SUCCEEDED, 2)))),
+        replace(WELL, job=but(ENDED, changes=(*CHANGES, state(7, State.SUCCEEDED, 2)))),
     ),
     "I2: an event is missing": (
         "I2",
-        replace(WELL, job=but(WELL.job, changes=(*WELL.job.changes[:4], but(WELL.job.changes[5], seq=6)))),
+        replace(WELL, job=but(ENDED, changes=(*CHANGES[:4], but(CHANGES[5], seq=6)))),
     ),
     "I2: a way that there is none": (
         "I2",
-        replace(WELL, job=but(WELL.job, attempt=0, changes=(state(1, State.QUEUED, 0), state(2, State.SUCCEEDED, 0)))),
+        replace(WELL, job=but(ENDED, attempt=0, changes=(state(1, State.QUEUED, 0), state(2, State.SUCCEEDED, 0)))),
     ),
     "I2: seen at another end": ("I2", replace(WELL, sights=(Seen(job_id=JOB, status=State.FAILED, attempt=2),))),
-    "I3: another result": ("I3", replace(WELL, sights=(*WELL.sights, but(WELL.sights[1], pictures=("6" * 64,))))),
-    "I3: half a result": ("I3", replace(WELL, submitted=but(WELL.submitted, samples=2))),
+    "I3: another result": ("I3", replace(WELL, sights=(*SIGHTS, but(SIGHTS[1], pictures=("6" * 64,))))),
+    "I3: half a result": ("I3", replace(WELL, submitted=but(SUBMITTED, samples=2))),
     "I3: a result too early": (
         "I3",
-        replace(WELL, sights=(but(WELL.sights[0], result=True, pictures=(SHA,)), WELL.sights[1])),
+        replace(WELL, sights=(but(SIGHTS[0], result=True, pictures=(SHA,)), SIGHTS[1])),
     ),
     "I4: another job for the same key": (
         "I4",
         replace(WELL, more=(ended(State.FAILED, job_id=OTHER, webhook=False),)),
     ),
-    "I4: a replay that is not marked": ("I4", replace(WELL, again=WELL.submitted)),
+    "I4: a replay that is not marked": ("I4", replace(WELL, again=SUBMITTED)),
     "I4: nobody's job": ("I4", replace(WELL, more=claimed("ada", 5, 1.0, 2.0)[1:])),
-    "I5: no picture": ("I5", replace(WELL, picture=but(WELL.picture, found=None))),
-    "I5: another picture": ("I5", replace(WELL, picture=but(WELL.picture, found="6" * 64))),
-    "I5: a broken picture": ("I5", replace(WELL, picture=but(WELL.picture, decodes=False))),
+    "I5: no picture": ("I5", replace(WELL, picture=but(PICTURE, found=None))),
+    "I5: another picture": ("I5", replace(WELL, picture=but(PICTURE, found="6" * 64))),
+    "I5: a broken picture": ("I5", replace(WELL, picture=but(PICTURE, decodes=False))),
     "I6: cancelled with a result": (
         "I6",
         replace(
             WELL,
             job=ended(State.CANCELLING, State.CANCELLED, result=True),
             sights=(Seen(job_id=JOB, status=State.CANCELLED, attempt=2),),
-            hooks=tuple(but(hook, status="cancelled") for hook in WELL.hooks),
+            hooks=tuple(but(hook, status="cancelled") for hook in HOOKS),
             picture=None,
         ),
     ),
@@ -184,32 +188,30 @@ BROKEN = {
         "I7",
         replace(WELL, more=(EndDelivery(webhook_id="msg_2", job_id=JOB, event="completed", state="dead", attempts=1),)),
     ),
-    "I7: a webhook nobody sent": ("I7", replace(WELL, delivery=but(WELL.delivery, state="pending"))),
-    "I7: a webhook nobody took": ("I7", replace(WELL, hooks=WELL.hooks[:1])),
-    "I7: another id": ("I7", replace(WELL, hooks=(*WELL.hooks, but(WELL.hooks[0], webhook_id="msg_2")))),
-    "I7: a wrong signature": ("I7", replace(WELL, hooks=(*WELL.hooks, but(WELL.hooks[0], verified=False)))),
-    "I7: a webhook that lies": ("I7", replace(WELL, hooks=(*WELL.hooks, but(WELL.hooks[0], status="failed")))),
+    "I7: a webhook nobody sent": ("I7", replace(WELL, delivery=but(DELIVERY, state="pending"))),
+    "I7: a webhook nobody took": ("I7", replace(WELL, hooks=HOOKS[:1])),
+    "I7: another id": ("I7", replace(WELL, hooks=(*HOOKS, but(HOOKS[0], webhook_id="msg_2")))),
+    "I7: a wrong signature": ("I7", replace(WELL, hooks=(*HOOKS, but(HOOKS[0], verified=False)))),
+    "I7: a webhook that lies": ("I7", replace(WELL, hooks=(*HOOKS, but(HOOKS[0], status="failed")))),
     "I8: others are served again and again": ("I8", replace(WELL, more=turns(ada_waits_s=checker.TURNS + 1.5))),
     "I9: an attempt twice": (
         "I9",
-        replace(
-            WELL, job=but(WELL.job, changes=(*WELL.job.changes[:3], state(4, State.RUNNING, 1), *WELL.job.changes[4:]))
-        ),
+        replace(WELL, job=but(ENDED, changes=(*CHANGES[:3], state(4, State.RUNNING, 1), *CHANGES[4:]))),
     ),
     "I9: a picture twice": (
         "I9",
-        replace(WELL, job=but(WELL.job, changes=(*WELL.job.changes[:5], output(6), state(7, State.SUCCEEDED, 2)))),
+        replace(WELL, job=but(ENDED, changes=(*CHANGES[:5], output(6), state(7, State.SUCCEEDED, 2)))),
     ),
     "I9: an old attempt ends it": (
         "I9",
-        replace(WELL, job=but(WELL.job, changes=(*WELL.job.changes[:5], state(6, State.SUCCEEDED, 1)))),
+        replace(WELL, job=but(ENDED, changes=(*CHANGES[:5], state(6, State.SUCCEEDED, 1)))),
     ),
     "I9: seen at an earlier attempt again": (
         "I9",
-        replace(WELL, sights=(WELL.sights[0], but(WELL.sights[0], attempt=1), WELL.sights[1])),
+        replace(WELL, sights=(SIGHTS[0], but(SIGHTS[0], attempt=1), SIGHTS[1])),
     ),
-    "I10: another picture than alone": ("I10", replace(WELL, picture=but(WELL.picture, difference=2))),
-    "I10: not compared": ("I10", replace(WELL, picture=but(WELL.picture, difference=None))),
+    "I10: another picture than alone": ("I10", replace(WELL, picture=but(PICTURE, difference=2))),
+    "I10: not compared": ("I10", replace(WELL, picture=but(PICTURE, difference=None))),
 }
 
 
@@ -218,8 +220,8 @@ def test_a_log_in_which_all_went_well_has_no_violations():
 
 
 def test_a_replay_a_dead_letter_and_a_turn_that_is_late_are_well():
-    again = but(WELL.submitted, replayed=True)
-    dead = but(WELL.delivery, state="dead")
+    again = but(SUBMITTED, replayed=True)
+    dead = but(DELIVERY, state="dead")
     assert replace(WELL, again=again, delivery=dead, hooks=(), more=turns(checker.TURNS - 0.5)).violations() == []
 
 
@@ -268,14 +270,14 @@ def test_a_plan_follows_from_its_seed():
     assert len({job.seed for job in plan.jobs}) == 50
     assert [fault.kind for fault in plan.faults].count("database") == 10
     outages = [(fault.at_s, fault.at_s + fault.lasts_s) for fault in plan.faults if fault.kind == "database"]
-    assert all(end + 4.0 <= begin for (_, end), (begin, _) in zip(outages, outages[1:], strict=False))
+    assert all(end + 4.0 <= begin for (_, end), (begin, _) in pairwise(outages))
 
 
 def test_the_report_tells_a_violation_with_the_whole_history_of_its_job():
-    story = Story.of([*replace(WELL, hooks=WELL.hooks[:1]).events, FAULT])
-    console = Console(width=200, record=True, quiet=True)
-    report.show(console, story, checker.check(story))
-    told = console.export_text()
+    story = Story.of([*replace(WELL, hooks=HOOKS[:1]).events, FAULT])
+    written = io.StringIO()
+    report.show(Console(file=written, width=200), story, checker.check(story))
+    told = written.getvalue()
     assert f"I7 job {JOB}: webhook msg_1 counts as delivered, and nobody took it" in told
     history = told[told.index("I7 job") :]
     words = ("submitted", "seen", "hook", "injected", "lease_lost", "'state': 'succeeded'", "end_delivery")
