@@ -46,7 +46,11 @@ def main(
         wanted = Run(plan=plan, database=database, store=store, folder=folder)
         check = wanted.log
         console.print(f"the log is {check}", soft_wrap=True)
-        asyncio.run(run(wanted, console))
+        try:
+            asyncio.run(run(wanted, console))
+        except asyncio.CancelledError:
+            console.print("stopped")
+            sys.exit(130)
     story = Story.of(log.read(check))
     violations = checker.check(story)
     report.show(console, story, violations)

