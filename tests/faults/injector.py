@@ -60,13 +60,14 @@ class Injector:
     async def _full_disk(self, lasts_s: float) -> str:
         """For whoever writes, no file may grow: the kernel refuses it (EFBIG), as it does where no room is left."""
         writers = [process for kind in WRITERS for process in self._system.processes(kind)]
-        with _without_room(writers):
+        with without_room(writers):
             await asyncio.sleep(lasts_s)
         return f"{len(writers)} processes had no room on the disk"
 
 
 @contextmanager
-def _without_room(processes: Sequence[psutil.Process]) -> Iterator[None]:
+def without_room(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """None of these can make a file larger than SMALLEST_FILE, or write beyond that in one."""
     before: list[tuple[psutil.Process, tuple[int, int]]] = []
     try:
         for process in processes:
