@@ -6,14 +6,19 @@ from app.jobs.states import State
 from tests.faults.log import EndJob, FaultKind, Injected
 from tests.faults.story import Story
 
-HANDED_BACK = "released"  # the reason of a job's event that tells of no fault
+# What may have put a job back into the queue, by the reason that its event gives. One handed back had no fault.
+CAUSES: Mapping[str, tuple[FaultKind, ...]] = {
+    "worker_died": ("model",),
+    "lease_lost": ("runner", "database", "disk"),
+    "error": ("model", "controller", "store", "database", "disk"),
+}
 
 
 def recoveries(story: Story) -> Mapping[FaultKind, Sequence[float]]:
     """Seconds from a fault to the job's next attempt, by the fault's kind, the shortest first.
 
-    A job that goes back to the queue is put down to the last fault that began while the attempt ran; without one it is
-    not counted.
+    A job that goes back to the queue is put down to the last fault that can have done that and began while the attempt
+    ran; without one it is not counted.
     """
     found: dict[FaultKind, list[float]] = {}
     for job in story.jobs.values():
@@ -28,8 +33,9 @@ def _of(job: EndJob, faults: Sequence[Injected]) -> list[tuple[Injected, float]]
     for ran, back, again in zip(moves, moves[1:], moves[2:], strict=False):
         if [ran.state, back.state, again.state] != [State.RUNNING, State.QUEUED, State.RUNNING]:
             continue
-        during = [fault for fault in faults if ran.at <= fault.at <= back.at]
-        if during and back.data.get("reason") != HANDED_BACK:
+        causes = CAUSES.get(back.data["reason"], ())
+        during = [fault for fault in faults if fault.kind in causes and ran.at <= fault.at <= back.at]
+        if during:
             fault = max(during, key=lambda fault: fault.at)
             found.append((fault, again.at - fault.at))
     return found

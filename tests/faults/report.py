@@ -44,7 +44,7 @@ def _ends(story: Story) -> ConsoleRenderable:
 
 
 def _recoveries(story: Story) -> ConsoleRenderable:
-    table = _table("Seconds from a fault until its jobs ran again", "fault", "jobs", "p50", "p95", "most")
+    table = _table("Seconds until jobs ran again", "fault", "jobs", "p50", "p95", "most")
     for kind, seconds in recoveries(story).items():
         shares = (percentile(seconds, share) for share in (0.5, 0.95, 1.0))
         table.add_row(kind, str(len(seconds)), *(f"{value:.1f}" for value in shares))

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +61,12 @@ async def run(wanted: Run, console: Console) -> None:
         receiver = Receiver(log, {job.number: job.deaf for job in wanted.plan.jobs})
         hooks = await stack.enter_async_context(receiving(receiver))
         surroundings = Surroundings(folder=wanted.folder, database=tested.url, place=place, hooks_port=hooks.port)
-        database = await stack.enter_async_context(aclosing(await _migrated(tested.url)))
+        database = await stack.enter_async_context(_migrated(tested.url))
         owners = await _with_keys(database, surroundings)
         with console.status("starting the server"):
             system = await stack.enter_async_context(System(surroundings))
-        clients = await stack.enter_async_context(aclosing(Clients(system.address, hooks.url(PATH), owners, log)))
+        clients = Clients(system.address, hooks.url(PATH), owners, log)
+        stack.push_async_callback(clients.close)
         secrets = [await Outbox(database).secret(owner) for _, owner in owners]
         receiver.secrets = {job.number: secrets[job.owner] for job in wanted.plan.jobs}
         injector = Injector(system, tested, place, log)
@@ -96,10 +97,14 @@ def _cancel_on_signals() -> None:
         loop.add_signal_handler(number, cancel)
 
 
-async def _migrated(url: str) -> Database:
+@asynccontextmanager
+async def _migrated(url: str) -> AsyncIterator[Database]:
     database = Database(url)
-    await database.migrate()
-    return database
+    try:
+        await database.migrate()
+        yield database
+    finally:
+        await database.close()
 
 
 async def _with_keys(database: Database, surroundings: Surroundings) -> Sequence[tuple[str, str]]:

@@ -246,7 +246,8 @@ def test_a_log_is_read_as_it_was_written(tmp_path: Path):
 
 
 def test_a_recovery_lasts_from_the_fault_to_the_next_attempt():
-    assert recoveries(Story.of([*WELL.events, FAULT])) == {"runner": [1.5]}
+    gateway = but(FAULT, kind="gateway", at=2.8)  # no job depends on one
+    assert recoveries(Story.of([*WELL.events, FAULT, gateway])) == {"runner": [1.5]}
     assert recoveries(Story.of([*WELL.events, but(FAULT, at=4.5)])) == {}
 
 
