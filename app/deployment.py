@@ -145,8 +145,8 @@ class Deployment(Strict):
         names = [a.name for a in found]
         if names != ([JOBS_APPLICATION] if self.gateway.jobs else []):
             raise ValueError(
-                f"one application named {JOBS_APPLICATION} works on jobs where the gateway takes `jobs`, and none where "
-                f"it does not; there are {names}"
+                f"one application named {JOBS_APPLICATION} has to work on jobs where the gateway takes `jobs`, and "
+                f"none where it does not; there are {names}"
             )
         for runner in found:
             settings = RunnerSettings.model_validate(runner.args)

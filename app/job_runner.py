@@ -1,4 +1,4 @@
-"""The deployment that works on jobs: a runner and a deliverer of webhooks in a Serve replica, with a router of its own."""
+"""The deployment that works on jobs: a runner, a deliverer of webhooks and a router of their own in a Serve replica."""
 
 import asyncio
 import contextvars
@@ -12,7 +12,7 @@ from typing import Any
 from app import stores
 from app.database import Database
 from app.fetch import Fetcher
-from app.jobs.making import Draw, Drawn, DrawEvent, Maker
+from app.jobs.making import Draw, DrawEvent, Drawn, Maker
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import UPSCALER

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
-from app.keys.budgets import Budgets
+from app.keys.budgets import Budgets, pixel_steps
 from app.keys.caller import ANONYMOUS, Caller, current
 from app.service import Router
 from models.images import ImageFormat
@@ -29,7 +29,7 @@ class Metered:
 
     async def charge(self, request: EffectiveRequest) -> None:
         """Takes what a request costs from the current caller's budget. Raises BudgetSpent, InvalidRequest."""
-        await self._budgets.charge(current.get(), "pixel_steps_per_minute", request.pixel_steps)
+        await self._budgets.charge(current.get(), "pixel_steps_per_minute", pixel_steps(request))
 
     async def end(self, ending: Ending, id: str) -> bool:
         return await self._router.end(ending, _own(current.get(), id))

@@ -197,18 +197,6 @@ class EffectiveRequest(GenerationRequest):
             return self.largest
         return (self.outpaint or Outpaint()).grown(self.image.width, self.image.height)
 
-    @property
-    def pixel_steps(self) -> int:
-        """What it costs: its pixels times its steps, in both phases of a hires-fix, for all of its pictures.
-
-        Steps that a denoise strength leaves out are counted: the cost is known before the work.
-        """
-        cost = self.width * self.height * self.steps
-        if self.hires is not None:
-            width, height = self.largest
-            cost += width * height * (self.hires.steps or self.steps)
-        return cost * self.samples
-
     def sample(self, index: int) -> "EffectiveRequest":
         """The request for picture `index` alone."""
         if self.variation_strength and self.variation_seed is not None:

@@ -34,7 +34,7 @@ TORCH_FREE_APP = tuple(
     f"app.{name}"
     for name in (
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
-        *("auth", "keys", "metered", "pictures", "secret", "job_runner", "job_commands"),
+        *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
     )
 )
 

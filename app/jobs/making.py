@@ -1,10 +1,11 @@
-"""Maker: from an attempt to the result of its job. It is handed what draws and what enlarges, and keeps the pictures."""
+"""Maker: from an attempt to the result of its job. It is handed what draws and enlarges, and keeps the pictures."""
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from app.events import Upscaled
@@ -62,9 +63,7 @@ class Enlarge(Protocol):
 class Maker:
     """Makes what jobs promise."""
 
-    def __init__(
-        self, jobs: JobStore, pictures: Store, draw: Draw, enlarge: Enlarge, patience: Patience | None = None
-    ):
+    def __init__(self, jobs: JobStore, pictures: Store, draw: Draw, enlarge: Enlarge, patience: Patience | None = None):
         self._jobs, self._pictures, self._draw, self._enlarge = jobs, pictures, draw, enlarge
         self._patience = patience or Patience()
 
@@ -96,7 +95,7 @@ class Maker:
                         steps[index] = step
                         attempt.progress = _progress(steps, event.steps * request.samples)
                     case Finished():
-                        await self._tell(attempt, lambda: outputs.keep(self._pictures, *_place(attempt), event))
+                        await self._tell(attempt, partial(outputs.keep, self._pictures, *_place(attempt), event))
                     case Drawn():
                         return asdict(event)
         raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
@@ -116,7 +115,7 @@ class Maker:
         request = canonical.upscale_from_json(attempt.job.request["request"])
         picture = await self._pictures.get(request.key)
         upscaled = await self._enlarge(picture, request.upscale, request.output_format)
-        await self._tell(attempt, lambda: outputs.keep_upscaled(self._pictures, *_place(attempt), upscaled))
+        await self._tell(attempt, partial(outputs.keep_upscaled, self._pictures, *_place(attempt), upscaled))
         return {"created": int(time.time()), "total_s": time.monotonic() - began}
 
     async def _tell(self, attempt: Attempt, keep: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:

@@ -27,10 +27,11 @@ async def keep(store: Store, job_id: str, attempt: int, picture: Finished) -> di
 
 def finished(output: Mapping[str, Any], data: bytes = b"") -> Finished:
     """The picture that `keep` stored, with its bytes where they are at hand."""
-    values = {field.name: output[field.name] for field in fields(Finished) if field.name != "data"}
+    values: dict[str, Any] = {field.name: output[field.name] for field in fields(Finished) if field.name != "data"}
+    values["warnings"] = tuple(values["warnings"])
     values["timings"] = Timings(**values["timings"])
     values["prompts"] = {name: PromptReport(**report) for name, report in values["prompts"].items()}
-    return Finished(**values | {"warnings": tuple(values["warnings"])}, data=data)
+    return Finished(data=data, **values)
 
 
 async def keep_upscaled(store: Store, job_id: str, attempt: int, picture: Upscaled) -> dict[str, Any]:

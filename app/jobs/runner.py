@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 class Pace:
     """How often a runner does what, in seconds, and how many jobs of a model it works on at a time.
 
-    `backoff_s` are the pauses after a job's first errors, before it is queued again. Jobs lose their data `keep_s` after
-    their end, and are forgotten after `forget_s`.
+    `backoff_s` are the pauses after a job's first errors, before it is queued again. Jobs lose their data `keep_s`
+    after their end, and are forgotten after `forget_s`.
     """
 
     at_once: int = 8
@@ -98,6 +98,7 @@ class Runner:
             return await self._jobs.claim(self._name, tuple(rooms), min(rooms.values()), self._pace.lease_s)
         except Unavailable as away:
             _log.warning("no jobs can be claimed: %s", away)
+            await _within(self._pace.reap_s, self._stopping)
             return ()
 
     async def _attend(self, attempt: Attempt) -> None:
@@ -180,8 +181,9 @@ class Runner:
             self._changed.set()
 
     async def _prune(self) -> None:
-        while await self._jobs.prune(self._pace.keep_s, self._pace.forget_s, PRUNED_AT_ONCE) == PRUNED_AT_ONCE:
-            await asyncio.sleep(0)
+        touched = PRUNED_AT_ONCE
+        while touched == PRUNED_AT_ONCE:
+            touched = await self._jobs.prune(self._pace.keep_s, self._pace.forget_s, PRUNED_AT_ONCE)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

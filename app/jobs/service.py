@@ -10,6 +10,7 @@ from app.jobs import canonical, inputs, outputs
 from app.jobs.job import Idempotency, Job, JobEvent, NewJob, Page, Position, Submission, Webhook
 from app.jobs.states import TERMINAL, State
 from app.jobs.store import JobStore
+from app.keys.budgets import pixel_steps
 from app.keys.caller import current
 from app.stores.store import Store
 from models import document
@@ -77,12 +78,14 @@ class Jobs:
             inputs=folder if keys else None,
             priority=_PRIORITIES[request.priority],
             deadline_s=request.deadline_s,
-            work=0.0 if pace is None else pace * request.pixel_steps,
+            work=0.0 if pace is None else pace * pixel_steps(request),
             webhook=delivery.webhook,
         )
         return await self._jobs.submit(new, delivery.idempotency)
 
-    async def submit_upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery) -> Submission:
+    async def submit_upscale(
+        self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery
+    ) -> Submission:
         """Accepts a picture to enlarge. Raises the same."""
         self._check(delivery)
         folder, packed = inputs.new_folder(), await asyncio.to_thread(inputs.repacked, picture, "image")
@@ -191,5 +194,5 @@ def _busy(jobs: tuple[Job, ...]) -> float | None:
     for started, finished in spans:
         busy += max(0.0, finished - max(started, until))
         until = max(until, finished)
-    cost = sum(canonical.from_json(job.request["request"]).pixel_steps for job in jobs)
+    cost = sum(pixel_steps(canonical.from_json(job.request["request"])) for job in jobs)
     return busy / cost if cost else None

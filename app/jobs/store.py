@@ -138,7 +138,10 @@ class JobStore:
         )
 
     async def output(self, claim: Claim, output: Any) -> Job:
-        """Adds one finished picture (JSON: keys of stored objects, no bytes) to the outputs. Raises Stale."""
+        """Adds one finished picture (JSON: keys of stored objects, no bytes) to the outputs; said twice, it is one.
+
+        Raises Stale.
+        """
         return await self._database.write(lambda c: attempts.output(c, claim, output, self._payload))
 
     async def succeed(self, claim: Claim, result: Mapping[str, Any]) -> Job:

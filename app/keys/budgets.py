@@ -19,6 +19,7 @@ from limits.aio.strategies import FixedWindowRateLimiter
 from app.errors import BudgetSpent
 from app.keys.caller import Caller
 from models.errors import InvalidRequest
+from models.request import EffectiveRequest
 
 SLOT_RETRY_AFTER_S = 1.0
 
@@ -78,3 +79,15 @@ class Budgets:
             self._running[caller.id] -= 1
             if not self._running[caller.id]:
                 del self._running[caller.id]
+
+
+def pixel_steps(request: EffectiveRequest) -> int:
+    """What a request costs: its pixels times its steps, in both phases of a hires-fix, for all of its pictures.
+
+    Steps that a denoise strength leaves out are counted: the budget is known before the work.
+    """
+    cost = request.width * request.height * request.steps
+    if request.hires is not None:
+        width, height = request.largest
+        cost += width * height * (request.hires.steps or request.steps)
+    return cost * request.samples

@@ -1,5 +1,6 @@
 """Jobs on the real server: submitted, watched, cancelled, tried again; and none is lost when a process is killed."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import yaml
+from PIL import Image
 
 from tests.acceptance.conftest import ENVIRONMENT, ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, Server, free_port
 
@@ -55,15 +58,24 @@ def picture(address: str, done: dict[str, Any]) -> bytes:
     return answer.content
 
 
+def difference(one: bytes, other: bytes) -> int:
+    """The largest at any pixel: who else shares the forwards may change a picture by 1 of 255."""
+    first, second = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16) for data in (one, other))
+    return int(np.abs(first - second).max())
+
+
 def test_a_job_is_drawn_like_a_request_and_its_events_are_taken_up(server: Server):
     address = server.address
     made = submit(address, DRAW, idempotency_key="first")
     assert submit(address, DRAW, idempotency_key="first")["job_id"] == made["job_id"]
     done = job(address, made["job_id"], wait_s=60)
     same = httpx2.post(
-        f"{address}/v1/generate", json={"prompt": DRAW["prompt"], "seed": 7}, headers={"accept": "image/png"}, timeout=60
+        f"{address}/v1/generate",
+        json={"prompt": DRAW["prompt"], "seed": 7},
+        headers={"accept": "image/png"},
+        timeout=60,
     )
-    assert picture(address, done) == same.content
+    assert difference(picture(address, done), same.content) <= 1
     assert done["result"]["parameters"]["seed"] == 7
     events = httpx2.get(f"{address}/v1/jobs/{made['job_id']}/events", timeout=30).text.strip().split("\n\n")
     rest = httpx2.get(f"{address}/v1/jobs/{made['job_id']}/events", headers={"last-event-id": "2"}, timeout=30)
@@ -103,7 +115,7 @@ def test_a_job_of_a_killed_runner_or_replica_runs_again_and_gives_the_same_pictu
         until(lambda id=id: job(address, id)["attempt"] >= 2)
         assert time.monotonic() - killed < budget_s, application
         done = job(address, id, wait_s=60)
-        assert picture(address, done) == undisturbed, application
+        assert difference(picture(address, done), undisturbed) <= 1, application
         assert done["attempt"] == 2, application
 
 

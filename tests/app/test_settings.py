@@ -75,7 +75,11 @@ def test_the_gateway_offers_the_upscaler_that_runs(raw: dict[str, Any], tmp_path
 
 def test_runners_and_gateway_share_what_they_keep_and_know(raw: dict[str, Any], tmp_path: Path):
     jobs, gateway = raw["applications"][-2:]
-    for field, other in (("database", "sqlite:///b.db"), ("secret_file", "b"), ("store", {"kind": "folder", "path": "b"})):
+    for field, other in (
+        ("database", "sqlite:///b.db"),
+        ("secret_file", "b"),
+        ("store", {"kind": "folder", "path": "b"}),
+    ):
         mine = jobs["args"][field]
         jobs["args"][field] = other
         assert f"must have the same {field}" in refusal(raw, tmp_path)

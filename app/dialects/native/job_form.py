@@ -75,12 +75,17 @@ def upscaling(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
 async def _result(jobs: Jobs, job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     """The answer that a synchronous request would have had, with pictures in the form that was asked for."""
     if job.request["response"] == "base64":
-        data = {output["index"]: await jobs.data(output["key"]) for output in job.outputs}
-        images = [_without_url(image) | {"base64": wire.encode_base64(data[image["index"]])} for image in images]
+        told = zip(images, job.outputs, strict=True)
+        images = [_without_url(image) | {"base64": await _base64(jobs, output["key"])} for image, output in told]
     images = sorted(images, key=lambda image: image["index"])
     if job.kind == canonical.UPSCALE:
         return upscaling(job, images)
     return answers.answer(generation(job, tuple(outputs.finished(output) for output in job.outputs)), images)
+
+
+async def _base64(jobs: Jobs, key: str) -> str:
+    data = await jobs.data(key)
+    return await wire.written(len(data), lambda: wire.encode_base64(data))
 
 
 def _without_url(image: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ async def _listed(jobs: Jobs, request: Request) -> Response:
         _number("limit", asked.get("limit", "50")),
     )
     nothing = Estimate(position=None, eta_s=None)
-    return wire.json_response({"jobs": [await job_form.summary(jobs, j, nothing) for j in page.jobs], "next": page.next})
+    return wire.json_response(
+        {"jobs": [await job_form.summary(jobs, j, nothing) for j in page.jobs], "next": page.next}
+    )
 
 
 def _state(text: str) -> State:

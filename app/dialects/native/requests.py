@@ -5,7 +5,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from app import wire
-from app.dialects.native.bodies import STREAM_PREVIEW_EVERY, Delivered, DrawBody, GenerateBody, OutpaintBody, OutputFormat
+from app.dialects.native.bodies import (
+    STREAM_PREVIEW_EVERY,
+    Delivered,
+    DrawBody,
+    GenerateBody,
+    OutpaintBody,
+    OutputFormat,
+)
 from models import limits
 from models.decoding import check_together
 from models.errors import InvalidRequest

@@ -101,9 +101,7 @@ def _add_requests(router: APIRouter, service: Service) -> None:
         return JSONResponse({"id": id}, 202)
 
 
-async def _draw(
-    request: Request, service: Service, body: Body, to_request: ToRequest[Body], kind: str
-) -> Response:
+async def _draw(request: Request, service: Service, body: Body, to_request: ToRequest[Body], kind: str) -> Response:
     """What a body asks for, in the form that `async`, `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
     delivery = submission.delivery(request, body, media_type)
@@ -145,7 +143,10 @@ async def _stream(service: Service, wanted: GenerationRequest) -> Response:
 
 
 def _media_type(accept: str, body: DrawBody) -> str:
-    """What the answer will be, by Accept, `async` and `stream`. Raises NotAcceptable or InvalidRequest where they contradict."""
+    """What the answer will be, by Accept, `async` and `stream`.
+
+    Raises NotAcceptable or InvalidRequest where they contradict.
+    """
     if body.stream:  # clients that expect JSON in the events ask for JSON
         wire.choose_media_type(accept, (EVENTS, JSON))
         return EVENTS

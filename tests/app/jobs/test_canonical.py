@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from app.jobs import canonical, inputs, outputs
+from app.keys.budgets import pixel_steps
 from app.stores.folder import Folder
 from app.stores.links import Links
 from models.errors import InvalidRequest
@@ -81,7 +82,7 @@ async def test_every_field_of_a_request_comes_back(pictures: Folder):
     assert canonical.from_json(values, found.__getitem__) == EVERYTHING
     hollow = canonical.from_json(values)
     assert hollow.image == Picture(width=24, height=16, data=b"")
-    assert hollow.pixel_steps == EVERYTHING.pixel_steps
+    assert pixel_steps(hollow) == pixel_steps(EVERYTHING)
 
 
 async def test_a_picture_that_stands_twice_is_stored_once(pictures: Folder):
