@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sqlalchemy import Row, exists, select
 from app.database import Database
 from app.jobs.states import TERMINAL, State
 from app.jobs.tables import PENDING, deliveries, events, jobs
+from models.errors import Unavailable
 from tests.faults.client import Clients
 from tests.faults.log import Change, EndDelivery, EndJob, EndPicture, Log
 from tests.faults.plan import PlannedJob
@@ -25,8 +27,9 @@ async def settled(database: Database) -> None:
     """Waits until every job has come to its end and every webhook is delivered or dead."""
     unsettled = select(exists().where(jobs.c.state.not_in(sorted(TERMINAL))) | exists().where(PENDING))
     while True:
-        if not await database.read(lambda c: c.scalar(unsettled)):
-            return
+        with suppress(Unavailable):  # it has only just come back
+            if not await database.read(lambda c: c.scalar(unsettled)):
+                return
         await asyncio.sleep(POLL_S)
 
 
