@@ -86,8 +86,8 @@ def results_are_whole_and_one(story: Story) -> Iterator[Fault]:
     for job_id, job in story.jobs.items():
         sights = [sight for sight in story.seen.get(job_id, ()) if sight.result]
         results = {sight.pictures for sight in sights}
-        if job.state is State.SUCCEEDED:
-            results.add(tuple(p.recorded for p in sorted(story.pictures[job_id], key=lambda picture: picture.index)))
+        if pictures := sorted(story.pictures.get(job_id, ()), key=lambda picture: picture.index):
+            results.add(tuple(picture.recorded for picture in pictures))
         if len(results) > 1:
             yield job_id, f"has had {len(results)} different results"
         samples = story.samples(job)

@@ -170,6 +170,7 @@ BROKEN = {
     ),
     "I4: a replay that is not marked": ("I4", replace(WELL, again=SUBMITTED)),
     "I4: nobody's job": ("I4", replace(WELL, more=claimed("ada", 5, 1.0, 2.0)[1:])),
+    "I5: none was fetched": ("I5", replace(WELL, picture=None)),
     "I5: no picture": ("I5", replace(WELL, picture=but(PICTURE, found=None))),
     "I5: another picture": ("I5", replace(WELL, picture=but(PICTURE, found="6" * 64))),
     "I5: a broken picture": ("I5", replace(WELL, picture=but(PICTURE, decodes=False))),
