@@ -19,8 +19,9 @@ URL = "https://example.com/[b]hook[/b]"
 @pytest.fixture
 def config(tmp_path: Path, url: str) -> Path:
     raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    gateway = next(a for a in raw["applications"] if a["import_path"] == "app.main:gateway")
-    gateway["args"] |= {"database": url, "secret_file": str(tmp_path / "secret")}
+    for application in raw["applications"]:
+        if application["import_path"] in ("app.main:gateway", "app.main:jobs"):
+            application["args"] |= {"database": url, "secret_file": str(tmp_path / "secret")}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
