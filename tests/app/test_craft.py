@@ -268,7 +268,10 @@ async def test_the_lists(client: httpx2.AsyncClient):
 async def test_a_running_request_can_be_ended(client: httpx2.AsyncClient, router: MemoryRouter, ending: str, last: str):
     router.gate.clear()
     asking = asyncio.create_task(client.post("/v1/generate", json={"prompt": "x", "stream": True}))
-    await asyncio.sleep(0.1)  # until the replica has it
+    for _ in range(2000):
+        if router.running:  # the replica has it
+            break
+        await asyncio.sleep(0.01)
     [id] = router.running
     answer = await client.post(f"/v1/requests/{id}/{ending}")
     assert (answer.status_code, answer.json()) == (202, {"id": id})
