@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import httpx2
 import pytest
@@ -143,11 +144,18 @@ async def test_a_client_that_goes_away_takes_its_request_along(client: httpx2.As
     before = router.left
     for stream in (False, True):
         asking = asyncio.create_task(client.post("/v1/generate", json={"prompt": "x", "stream": stream}))
-        await asyncio.sleep(0.1)
+        await until(lambda: bool(router.running))
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-    await asyncio.sleep(0.05)
+        await until(lambda: not router.running)
     assert router.left == before + 2
+
+
+async def until(met: Callable[[], bool], seconds: float = 20) -> None:
+    for _ in range(int(seconds / 0.01)):
+        if met():
+            return
+        await asyncio.sleep(0.01)
 
 
 async def test_health_and_readiness_differ(client: httpx2.AsyncClient, router: MemoryRouter):

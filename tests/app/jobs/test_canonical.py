@@ -52,7 +52,6 @@ EVERYTHING = EffectiveRequest(
     paste_back=False,
     noise_level=5,
     outpaint=Outpaint(left=8),
-    noise_level=20,
     hires=Hires(scale=1.5, steps=2, denoise_strength=0.5, upscaler="lanczos"),
     stop_at_step=2,
     controls=(ControlUse(name="canny", image=noise(3), weight=0.5, start=0.1, end=0.9, preprocessor="canny"),),

@@ -41,7 +41,6 @@ JOB = Job(
     webhook=None,
     retry_of=None,
     data_removed=False,
-    inputs=None,
 )
 URLS = {"self": f"/v1/jobs/{JOB.id}", "events": f"/v1/jobs/{JOB.id}/events", "cancel": f"/v1/jobs/{JOB.id}/cancel"}
 
