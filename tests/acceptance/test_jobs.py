@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.acceptance.conftest import ENVIRONMENT, ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, Server, free_port
 
-DRAW: dict[str, Any] = {"prompt": "a red circle on a blue background", "seed": 7, "async": True}
+DRAW: dict[str, Any] = {"prompt": "a red circle on a blue background", "seed": 7, "async": True, "cache": False}
 LONG = DRAW | {"steps": 150, "width": 192, "height": 192}  # seconds, so that something can happen meanwhile
 RUNS_AGAIN_S = 15.0
 
