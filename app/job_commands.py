@@ -25,11 +25,12 @@ def list_jobs(
 ) -> None:
     """The newest jobs: what has become of each, and how long it took."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from app.client import Client
 
-    table = Table("job", "status", "model", "kind", "submitted", "seconds", "images", "attempt")
+    whole = Column("job", no_wrap=True, min_width=32)  # an id is for the next command: never cut short
+    table = Table(whole, "status", "model", "kind", "submitted", "seconds", "images", "attempt")
     wanted = {"status": status, "model": model, "kind": kind, "limit": limit}
     for job in Client(address).jobs({name: value for name, value in wanted.items() if value is not None}):
         table.add_row(job["job_id"], *_row(job))
