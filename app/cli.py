@@ -14,6 +14,7 @@ from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
 from app.results.cli import store_app
+from app.server_option import ADDRESS, Address
 from app.webhooks.cli import webhooks_app
 from models.errors import HeliographError, InvalidRequest
 
@@ -34,9 +35,7 @@ app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(store_app, name="store")
 console = Console(stderr=True)
 
-ADDRESS = "http://127.0.0.1:8000"
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration: models, gateway, replicas.")]
-Address = Annotated[str, typer.Option("--address", "-a", help="Where a server answers.")]
 Local = Annotated[bool, typer.Option("--local", help="Without a server, from the configuration alone.")]
 DEFAULT_CONFIG = Path("serve_config.yaml")
 

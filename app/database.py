@@ -11,8 +11,9 @@ deadlines for each statement it is the one under a permissive licence.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 from alembic import command
@@ -37,6 +38,8 @@ POOL_S = 5.0  # how long a transaction waits for a connection
 CONNECT_S = 5.0
 DEADLINE_S = 10.0  # of one try of one transaction
 MIGRATION_S = 600.0
+CLOSE_S = 5.0  # how long transactions under way may take to end
+LOOK_S = 0.005  # how often a closing database looks whether they have
 PAUSES_S = (0.02, 0.1, 0.4, 1.0)  # before each further try, more or less
 RETRY_AFTER_S = 5.0
 
@@ -68,6 +71,7 @@ class Database:
         self._writer = engine.execution_options(sqlite_begin="BEGIN IMMEDIATE")
         # SQLite has one writer at a time: who waits here, in order, leaves the connections to readers.
         self._turns = asyncio.Semaphore(1 if self.dialect == "sqlite" else pool_size)
+        self._closed = False
 
     @property
     def dialect(self) -> str:
@@ -76,7 +80,7 @@ class Database:
 
     async def read(self, work: Work[T]) -> T:
         """What `work` returns, from one transaction that only reads. Raises Unavailable."""
-        return await _persist(self._reader, work)
+        return await self._persist(self._reader, work)
 
     async def write(self, work: Work[T]) -> T:
         """What `work` returns, once its changes are committed; where it raises, nothing has changed.
@@ -90,9 +94,14 @@ class Database:
         except TimeoutError:
             raise Unavailable(RETRY_AFTER_S, "too many wait for the database") from None
         try:
-            return await _persist(self._writer, work)
+            return await self._persist(self._writer, work)
         finally:
             self._turns.release()
+
+    async def _persist(self, engine: AsyncEngine, work: Work[T]) -> T:
+        if self._closed:
+            raise Unavailable(RETRY_AFTER_S, "the database is closed: the process ends")
+        return await _persist(engine, work)
 
     async def migrate(self, revision: str = "head") -> None:
         """Brings the schema up to a revision of app/migrations, in one transaction; several processes may try at once.
@@ -108,7 +117,13 @@ class Database:
             await engine.dispose()
 
     async def close(self) -> None:
-        """Gives the connections back."""
+        """Gives the connections back, once nobody uses them or after CLOSE_S. From now on all work is refused."""
+        self._closed = True
+        pool = cast(AsyncAdaptedQueuePool, self._reader.pool)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while pool.checkedout():  # noqa: ASYNC110  the pool tells nobody
+                    await asyncio.sleep(LOOK_S)
         await self._reader.dispose()
 
 

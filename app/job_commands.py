@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from app.server_option import ADDRESS, Address
+
 jobs_app = typer.Typer(no_args_is_help=True, help="Jobs of a server: what `generate --async` makes.")
 
-ADDRESS = "http://127.0.0.1:8000"
-Address = Annotated[str, typer.Option("--address", "-a", help="Where a server answers.")]
 Id = Annotated[str, typer.Argument(help="From `heliograph jobs list`.")]
 
 

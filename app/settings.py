@@ -1,7 +1,7 @@
 """What serve_config.yaml may say about a model and about the gateway, and the environment variables we set or read.
 
-Nothing else in the application reads the environment. Unknown keys are refused; every field has a default that works on
-a laptop.
+Nothing else in the application reads the environment, but the command its HELIOGRAPH_URL (server_option). Unknown keys
+are refused; every field has a default that works on a laptop.
 """
 
 import os

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from app.keys.caller import ANONYMOUS
+from models.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from app.jobs.outbox import DeadLetter, Outbox
@@ -22,40 +23,55 @@ PAGE, HOUR_S = 200, 3600.0
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration that names the database.")]
 Owner = Annotated[str, typer.Option(help="The caller's id, from `heliograph keys list`; without keys, all are one.")]
+OneOwner = Annotated[str | None, typer.Option("--owner", help="Only this caller's.")]
 Url = Annotated[str, typer.Argument(help="An address; without one, the secret of all that have none of their own.")]
 DEFAULT_CONFIG = Path("serve_config.yaml")
 
 
 @webhooks_app.command()
-def dead(
-    owner: Annotated[str | None, typer.Option(help="Only this caller's.")] = None, config: Config = DEFAULT_CONFIG
-) -> None:
+def dead(owner: OneOwner = None, config: Config = DEFAULT_CONFIG) -> None:
     """List what nobody took, the oldest first: on two lines each, and the id is the first word."""
-
-    async def all_of_them(outbox: "Outbox") -> "list[DeadLetter]":
-        found: list[DeadLetter] = []
-        while page := await outbox.dead(owner, found[-1].id if found else "", PAGE):
-            found += page
-        return found
-
-    for letter in _run(config, all_of_them):
+    for letter in _run(config, lambda outbox: _all_dead(outbox, owner)):
         print(f"{letter.id}  {letter.event:9} {letter.url}")
         print(f"    {_about(letter)}")
 
 
 @webhooks_app.command()
 def replay(
-    id: Annotated[list[str], typer.Argument(help="From the list; several may be given.")],
+    id: Annotated[list[str] | None, typer.Argument(help="From the list; several may be given.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="Every dead letter instead.")] = False,
+    owner: OneOwner = None,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Send dead letters again. At an id that is none the command ends; those before it are sent."""
+    """Send dead letters again. What cannot be is told, and the others are sent."""
+    if bool(id) == all:
+        raise InvalidRequest("id", "give ids of `heliograph webhooks dead`, or --all")
 
-    async def each(outbox: "Outbox") -> None:
-        for one in id:
-            await outbox.replay(one, None)
+    async def each(outbox: "Outbox") -> list[str]:
+        wanted = id or [letter.id for letter in await _all_dead(outbox, owner)]
+        return [refusal for one in wanted if (refusal := await _refusal(outbox, one, owner))]
 
-    _run(config, each)
-    console.print(f"{len(id)} due again", highlight=False)
+    refusals = _run(config, each)
+    for refusal in refusals:
+        console.print(refusal, highlight=False, markup=False, soft_wrap=True)
+    if refusals:
+        raise typer.Exit(1)
+
+
+async def _all_dead(outbox: "Outbox", owner: str | None) -> "list[DeadLetter]":
+    found: list[DeadLetter] = []
+    while page := await outbox.dead(owner, found[-1].id if found else "", PAGE):
+        found += page
+    return found
+
+
+async def _refusal(outbox: "Outbox", id: str, owner: str | None) -> str:
+    """Why a dead letter cannot be sent again; empty where it will be."""
+    try:
+        await outbox.replay(id, owner)
+    except (InvalidRequest, NotFound) as refused:
+        return f"{id}: {refused}"
+    return ""
 
 
 @webhooks_app.command()

@@ -49,7 +49,7 @@ REFUSED = [
     ('{"prompt": "x", "deadline_s": 0}', 422, "deadline_s", "between 0.1"),
     ('{"prompt": "x", "denoise_strength": 0.5}', 422, "denoise_strength", "image"),
     ('{"prompt": "x", "image": "####"}', 422, "image", "base64"),
-    ('{"prompt": "x", "image": "http://example.com/a.png"}', 422, "image", "fetches no pictures"),
+    ('{"prompt": "x", "image": "http://127.0.0.1/a.png"}', 422, "image", "fetches no pictures"),
     ('{"prompt": "x", "image": "AAAA"}', 422, "image", "PNG"),
     ('{"prompt": "x", "image": "data:image/png,AAAA"}', 422, "image", "data URI"),
     ('{"prompt": "x", "model": "nope"}', 404, None, "sd15, sdxl"),

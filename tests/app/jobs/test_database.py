@@ -228,6 +228,7 @@ async def test_nobody_there_is_unavailable(tmp_path: Path) -> None:
             with pytest.raises(Unavailable):
                 await JobStore(database).get("0" * 32, None)
         await database.close()
+    await asyncio.sleep(0.1)  # aiosqlite's thread of a connection that failed still speaks to this loop
 
 
 async def test_a_lock_that_is_held_for_a_moment_is_waited_for(database: Database, store: JobStore) -> None:
@@ -313,6 +314,23 @@ async def test_a_connection_that_nobody_gives_back_is_not_waited_for_without_end
     over.set()
     await holding
     await database.close()
+
+
+async def test_a_database_that_closes_lets_its_transactions_end(tmp_path: Path, blank_file: Path) -> None:
+    database = Database(f"sqlite:///{shutil.copy(blank_file, tmp_path / 'jobs.db')}")
+    under_way = asyncio.Event()
+
+    async def slow(connection: AsyncConnection) -> float:
+        under_way.set()
+        await asyncio.sleep(0.1)
+        return await clock(connection)
+
+    reading = asyncio.create_task(database.read(slow))
+    await under_way.wait()
+    await database.close()
+    assert reading.done() or await asyncio.wait_for(reading, 0.05)
+    with pytest.raises(Unavailable, match="closed"):
+        await database.read(clock)
 
 
 SUBMITTER = """
