@@ -2,8 +2,6 @@
 
 import asyncio
 import signal
-import socket
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +12,11 @@ import httpx2
 import yaml
 
 from bench.inprocess import MAX_WAITING
+from bench.serving import PROJECT, Serving
 from bench.workloads import MODEL
 from models.request import GenerationRequest
 
-PROJECT = Path(__file__).parents[1]
-CONFIG = PROJECT / "serve_config.yaml"
 FIELDS = ("model", "prompt", "width", "height", "steps", "guidance_scale", "seed", "sampler", "schedule")
-READY_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 90.0
 
 
 class Server:
@@ -40,50 +35,26 @@ class Server:
         assert stopping is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
-        config = Path(self._folder.name) / "serve_config.yaml"
-        config.write_text(yaml.safe_dump(one_model(yaml.safe_load(CONFIG.read_text()), self._settings)))
-        port = _free_port()
-        self._log = (Path(self._folder.name) / "log").open("wb")
-        command = ("-c", "from app.cli import main; main()", "serve", "--config", str(config), "--port", str(port))
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, cwd=PROJECT, stdout=self._log, stderr=self._log
-        )
+        shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
+        self._serving = Serving(Path(self._folder.name), lambda _: one_model(shipped, self._settings))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None, limits=limits)
+        self._client = httpx2.AsyncClient(base_url=self._serving.address, timeout=None, limits=limits)
         try:
-            await self._wait_until_ready()
+            await self._serving.__aenter__()
         except BaseException:
-            await self.__aexit__(None, None, None)
+            await self._leave()
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._serving.__aexit__(kind, error, trace)
+        await self._leave()
+
+    async def _leave(self) -> None:
         await self._client.aclose()
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
-            except TimeoutError:
-                self._process.kill()
-        self._log.close()
         self._folder.cleanup()
-
-    async def _wait_until_ready(self) -> None:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            while True:
-                if self._process.returncode is not None:
-                    raise RuntimeError(f"heliograph serve ended:\n{self._said()}")
-                try:
-                    if (await self._client.get("/readyz")).status_code == 200:
-                        return
-                except httpx2.TransportError:
-                    pass  # nobody listens yet
-                await asyncio.sleep(0.5)
-
-    def _said(self) -> str:
-        return Path(self._log.name).read_text()[-2000:]
 
     async def generate(self, request: GenerationRequest) -> bytes:
         values = asdict(request)
@@ -100,7 +71,7 @@ class Server:
     @property
     def pid(self) -> int:
         """The process that everything else belongs to."""
-        return self._process.pid
+        return self._serving.pid
 
     async def work(self) -> None:
         """A client does not see it."""
@@ -116,9 +87,3 @@ def one_model(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     del gateway["args"]["jobs"]
     gateway["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
     return {**config, "applications": applications}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, and_, exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.jobs.claiming import SUSPECT_DEATHS
 from app.jobs.job import Claim, Heartbeat, Job, JobError, JobProgress, Stale
 from app.jobs.journal import Journal, Payload, job_of
 from app.jobs.reading import get
 from app.jobs.states import HELD, State
 from app.jobs.submission import first_turn
-from app.jobs.tables import jobs
+from app.jobs.tables import BEREFT, LEASED, jobs
 
 MAX_FAILURES = 3  # attempts that may end with an error
-MAX_DEATHS = 2  # workers that one job may take with it
+MAX_DEATHS = 3  # workers that may die with one job, the last while it was the only suspect
 
 
 async def cancel(connection: AsyncConnection, id: str, owner: str | None, payload: Payload) -> Job:
@@ -115,12 +116,24 @@ async def cancelled(connection: AsyncConnection, claim: Claim, payload: Payload)
 
 
 async def bury(journal: Journal, row: Row[Any], reason: str, error: JobError | None) -> Job:
-    """A worker died with this job: once may be chance."""
+    """A worker died with this job: once may be chance, the second time it may have been another of its neighbours."""
     deaths = row.deaths + 1
-    if deaths < MAX_DEATHS or row.state == State.CANCELLING:
+    guilty = deaths >= MAX_DEATHS or (deaths >= SUSPECT_DEATHS and not await _another_is_suspect(journal, row))
+    if not guilty or row.state == State.CANCELLING:
         return await _back(journal, row, reason, error, deaths=deaths)
     poisoned = JobError(code="poisoned", message=f"{deaths} workers died while they ran this job")
     return await journal.move(row, State.FAILED, "poisoned", poisoned, deaths=deaths)
+
+
+async def _another_is_suspect(journal: Journal, row: Row[Any]) -> bool:
+    """Whether another job of the model has been there as often since this one began.
+
+    Of this last death such a job may have its share already, and may even be finished, or will have it in a moment.
+    """
+    lately = or_(jobs.c.finished_at.is_(None), jobs.c.finished_at >= row.started_at)
+    had, will_have = and_(jobs.c.deaths > row.deaths, lately), and_(LEASED, jobs.c.deaths >= row.deaths)
+    query = exists().where(BEREFT, jobs.c.model == row.model, jobs.c.id != row.id, or_(had, will_have))
+    return bool(await journal.connection.scalar(select(query)))
 
 
 async def _back(journal: Journal, row: Row[Any], reason: str, error: JobError | None, **changes: Any) -> Job:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, exists, select, update
+from sqlalchemy import ColumnElement, Row, and_, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import one_at_a_time
 from app.jobs.job import Claim
 from app.jobs.journal import Journal, Payload
 from app.jobs.states import State
-from app.jobs.tables import LEASED, QUEUED, jobs
+from app.jobs.tables import BEREFT, LEASED, QUEUED, jobs
 
 EXPIRED_AT_ONCE = 100  # overdue jobs that one claim gets rid of at most
+SUSPECT_DEATHS = 2  # the first may be chance, and all that shared the worker go on together
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,20 @@ async def claim(
     """Takes the best candidate of all models until there are `limit` or none."""
     journal = await Journal.open(connection, payload)
     room = EXPIRED_AT_ONCE - len(await expire_overdue(journal, EXPIRED_AT_ONCE))
-    candidates = {model: found for model in models if (found := await _candidate(journal, model))}
-    claims: list[Claim] = []
-    while candidates and len(claims) < limit and room >= 0:
-        model = min(candidates, key=lambda name: candidates[name].rank)
-        candidate = candidates.pop(model)
-        if candidate.row.start_by < journal.now:
-            await journal.move(candidate.row, State.EXPIRED, "deadline")
+    candidates: dict[str, _Candidate] = {}
+    unknown, claims = set(models), list[Claim]()
+    while len(claims) < limit and room >= 0:
+        candidates |= {model: found for model in unknown if (found := await _candidate(journal, model))}
+        if not candidates:
+            break
+        row = min(candidates.values(), key=lambda candidate: candidate.rank).row
+        if row.start_by < journal.now:
+            await journal.move(row, State.EXPIRED, "deadline")
             room -= 1
         else:
-            claims.append(await _take(journal, candidate, runner, lease_s))
-        if (found := await _candidate(journal, model)) is not None:
-            candidates[model] = found
+            claims.append(await _take(journal, candidates[row.model], runner, lease_s))
+        unknown = {model for model, found in candidates.items() if model == row.model or found.row.owner == row.owner}
+        candidates = {model: found for model, found in candidates.items() if model not in unknown}
     return tuple(claims)
 
 
@@ -63,10 +66,15 @@ async def expire_overdue(journal: Journal, limit: int) -> list[str]:
 
 
 async def _candidate(journal: Journal, model: str) -> _Candidate | None:
-    """The next job of a model; one that a worker has died with only while no other such one runs."""
-    found = await _next(journal, and_(QUEUED, jobs.c.model == model))
-    if found is not None and found.row.deaths and await _suspect_runs(journal, model):
-        found = await _next(journal, and_(QUEUED, jobs.c.model == model, jobs.c.deaths == 0))
+    """The next job of a model; a suspect only while no other one runs, and of nobody more than may run at once."""
+    queue = and_(QUEUED, jobs.c.model == model)
+    while (found := await _next(journal, queue)) is not None:
+        if found.row.deaths >= SUSPECT_DEATHS and await _suspect_runs(journal, model):
+            queue = and_(queue, jobs.c.deaths < SUSPECT_DEATHS)
+        elif found.row.at_once is not None and await _runs_enough(journal, found.row):
+            queue = and_(queue, jobs.c.owner != found.row.owner)
+        else:
+            break
     return found
 
 
@@ -82,10 +90,17 @@ async def _next(journal: Journal, queue: ColumnElement[bool]) -> _Candidate | No
 
 
 async def _suspect_runs(journal: Journal, model: str) -> bool:
-    """Whether a job that a worker has died with runs now. Until the transaction ends nobody else can start one."""
+    """Whether a suspect of this model runs now. Until the transaction ends nobody else can start one."""
     await one_at_a_time(journal.connection, "suspects")
-    query = select(exists().where(LEASED, jobs.c.model == model, jobs.c.deaths > 0))
+    query = select(exists().where(BEREFT, LEASED, jobs.c.model == model, jobs.c.deaths >= SUSPECT_DEATHS))
     return bool(await journal.connection.scalar(query))
+
+
+async def _runs_enough(journal: Journal, row: Row[Any]) -> bool:
+    """Whether as many of the owner's jobs run as may at once. Until the transaction ends nobody else can start one."""
+    await one_at_a_time(journal.connection, f"jobs of {row.owner}")
+    running = select(func.count()).where(LEASED, jobs.c.owner == row.owner)
+    return (await journal.connection.scalar(running) or 0) >= row.at_once
 
 
 async def _take(journal: Journal, candidate: _Candidate, runner: str, lease_s: float) -> Claim:

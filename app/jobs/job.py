@@ -62,8 +62,8 @@ class NewJob:
     """A job to be. `request` is the canonical request as JSON, in which pictures are keys of stored objects.
 
     `inputs` names the folder of the store with these pictures, None where there are none.
-    A higher `priority` goes first. `deadline_s` counts from the submission. `work` is the estimate of the seconds that
-    a device will spend on it.
+    A higher `priority` goes first. No more than `at_once` jobs of the owner run at a time. `deadline_s` counts from the
+    submission. `work` is the estimate of the seconds that a device will spend on it.
     """
 
     owner: str
@@ -76,6 +76,7 @@ class NewJob:
     webhook: Webhook | None = None
     retry_of: str | None = None
     inputs: str | None = None
+    at_once: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class Job:
     kind: str
     request: Mapping[str, Any]
     inputs: str | None
+    at_once: int | None
     priority: int
     deadline_at: float | None
     work: float

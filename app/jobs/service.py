@@ -69,13 +69,15 @@ class Jobs:
 
     async def submit(self, kind: str, request: EffectiveRequest, delivery: Delivery) -> Submission:
         """Accepts a request to draw. Raises Overloaded, InvalidRequest, Unavailable."""
+        caller = current.get()
         self._check(delivery)
         await self._charge(request)
         folder = inputs.new_folder()
         keys = await inputs.keep(self._pictures, folder, document.pictures(request))
         pace = await self._pace(request.model)
         new = NewJob(
-            owner=current.get().id,
+            owner=caller.id,
+            at_once=caller.limits.concurrent_jobs,
             model=request.model,
             kind=kind,
             request={
@@ -95,12 +97,14 @@ class Jobs:
         self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery
     ) -> Submission:
         """Accepts a picture to enlarge. Raises the same."""
+        caller = current.get()
         self._check(delivery)
         folder, packed = inputs.new_folder(), await asyncio.to_thread(inputs.repacked, picture, "image")
         [key] = await inputs.keep_packed(self._pictures, folder, [packed])
         request = canonical.UpscaleRequest(key=key, upscale=wanted, output_format=format)
         new = NewJob(
-            owner=current.get().id,
+            owner=caller.id,
+            at_once=caller.limits.concurrent_jobs,
             model=UPSCALER,
             kind=canonical.UPSCALE,
             request={"response": delivery.response, "request": canonical.upscale_to_json(request)},

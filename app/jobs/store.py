@@ -156,7 +156,7 @@ class JobStore:
         return await self._database.write(lambda c: attempts.fail(c, claim, error, retry, self._payload))
 
     async def died(self, claim: Claim, error: JobError) -> Job:
-        """The worker died under this job: it is queued again, and failed as `poisoned` the second time. Raises Stale.
+        """The worker died under this job: it is queued again, or failed as `poisoned` (docs/jobs.md). Raises Stale.
 
         For runners that see a replica die; the death of a runner itself is found by `reap`.
         """
@@ -179,7 +179,7 @@ class JobStore:
     async def reap(self, limit: int = 100) -> Reaped:
         """Finds what nobody else can tell of: leases that ran out, deadlines that passed.
 
-        A job whose lease ran out is queued again with one death more; at the second it fails as `poisoned`. Run it
+        A job whose lease ran out is queued again with one death more, or failed as `poisoned`. Run it
         every few seconds, and again at once while it finds `limit` jobs.
         """
         return await self._database.write(lambda c: reaping.reap(c, limit, self._payload))

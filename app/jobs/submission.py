@@ -63,6 +63,7 @@ async def retry(
         webhook=job.webhook,
         retry_of=job.id,
         inputs=job.inputs,
+        at_once=job.at_once,
     )
     return await submit(connection, new, key, bounds)
 
@@ -120,6 +121,7 @@ async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]
         "kind": new.kind,
         "request": dict(new.request),
         "inputs": new.inputs,
+        "at_once": new.at_once,
         "priority": new.priority,
         "turn": await _next_turn(connection, new),
         "start_by": math.inf if deadline_at is None else deadline_at - new.work,

@@ -41,6 +41,7 @@ jobs = Table(
     Column("inputs", String(32)),  # the folder of the store with the pictures of the request; a retry shares it
     Column("priority", Integer, nullable=False),
     Column("turn", BigInteger, nullable=False),  # the owner's place in the round of owners
+    Column("at_once", BigInteger),  # jobs of the owner that may run at a time, this one among them
     Column("start_by", Double, nullable=False),  # a later start misses the deadline; infinite without one
     Column("deadline_at", Double),
     Column("work", Double, nullable=False),
@@ -115,6 +116,7 @@ deliveries = Table(
 QUEUED = jobs.c.state == literal_column(f"'{State.QUEUED}'")
 LEASED = jobs.c.lease_until.is_not(None)  # the states of HELD
 FINISHED = jobs.c.finished_at.is_not(None)
+BEREFT = jobs.c.deaths > literal_column("0")  # a worker died with it
 PENDING = deliveries.c.state == literal_column("'pending'")
 SETTLED = deliveries.c.finished_at.is_not(None)
 DEAD = deliveries.c.state == literal_column("'dead'")
@@ -131,6 +133,7 @@ _partial("ix_jobs_ticket", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, 
 _partial("ix_jobs_start_by", QUEUED, jobs.c.start_by)
 _partial("ix_jobs_waiting", QUEUED, jobs.c.owner, jobs.c.work)
 _partial("ix_jobs_leased", LEASED, jobs.c.lease_until)
+_partial("ix_jobs_bereft", BEREFT, jobs.c.model, jobs.c.deaths)
 _partial("ix_jobs_finished", FINISHED, jobs.c.data_removed, jobs.c.finished_at)
 _partial("ix_jobs_inputs", jobs.c.inputs.is_not(None), jobs.c.inputs)
 _partial("ix_deliveries_due", PENDING, deliveries.c.next_at)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,10 +18,10 @@ import psutil
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled"}
-START_TIMEOUT_S = 280.0  # two cores that others use as well
-STOP_TIMEOUT_S = 90.0
+from bench.serving import PROJECT, READY_TIMEOUT_S, STOP_TIMEOUT_S, free_port
+
+TELL_TIMEOUT_S = 30.0
+ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
 
 
 @dataclass(frozen=True)
@@ -85,47 +84,54 @@ def look_at(path: Path) -> tuple[str | None, tuple[int, int]]:
         return picture.format, picture.size
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
+@contextmanager
+def serving(config: Path, log: Path, folder: Path = PROJECT) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`heliograph serve` in that folder, ready, and its address; ended with the block, if it has not ended in it."""
     port = free_port()
-    config = tmp_path_factory.mktemp("config") / "serve_config.yaml"
-    # What ships, but for the measured cap: where others use the machine too, it may come out too low to share a step.
-    # And what is kept, which is nobody else's.
-    shipped = (ROOT / "serve_config.yaml").read_text().replace("data/", f"{config.parent}/data/")
-    config.write_text(shipped.replace("&sd15\n", "&sd15\n      max_rows: 16\n"))
     command = [sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        yield Server(address, process.pid, config, _dashboard_when_ready(process, address, log))
-        _stop(process, log)
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not _is_ready(address):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"not ready after {READY_TIMEOUT_S} s\n{log.read_text()}"
+            time.sleep(0.5)
+        yield process, address
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=STOP_TIMEOUT_S)
 
 
-def _dashboard_when_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> str:
-    """The address of Ray's dashboard, which the server tells once it is ready."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            told = re.findall(r"serve status -a (http://\S+)", log.read_text())
-            if told and httpx2.get(f"{address}/readyz", timeout=5).status_code == 200:
-                return told[0]
-        except httpx2.HTTPError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"the server was not ready after {START_TIMEOUT_S} s\n{log.read_text()}")
+def _is_ready(address: str) -> bool:
+    try:
+        return httpx2.get(f"{address}/readyz", timeout=5).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    config = tmp_path_factory.mktemp("config") / "serve_config.yaml"
+    # What ships, but for the measured cap: where others use the machine too, it may come out too low to share a step.
+    # And what is kept, which is nobody else's.
+    shipped = (PROJECT / "serve_config.yaml").read_text().replace("data/", f"{config.parent}/data/")
+    config.write_text(shipped.replace("&sd15\n", "&sd15\n      max_rows: 16\n"))
+    with serving(config, log) as (process, address):
+        yield Server(address, process.pid, config, _dashboard(log))
+        _stop(process, log)
+
+
+def _dashboard(log: Path) -> str:
+    """The address of Ray's dashboard, which the server tells a moment after it is ready."""
+    deadline = time.monotonic() + TELL_TIMEOUT_S
+    while not (told := re.findall(r"serve status -a (http://\S+)", log.read_text())):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return told[0]
 
 
 def _stop(process: subprocess.Popen[bytes], log: Path) -> None:

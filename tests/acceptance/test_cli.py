@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import ROOT, Server, look_at
+from bench.serving import PROJECT
+from tests.acceptance.conftest import Server, look_at
 
 
 def heliograph(*arguments: object, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["models", "list"]])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.acceptance.conftest import ROOT, Server, look_at
+from bench.serving import PROJECT
+from tests.acceptance.conftest import Server, look_at
 from tests.acceptance.test_pictures import decode, picture
 
 SCENE = "a large red circle in the center on a blue background"
@@ -195,7 +196,7 @@ def test_the_command_line_paints(server: Server, scene: np.ndarray, hole: np.nda
 
     def heliograph(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "app.cli", "generate", *map(str, (*arguments, *common))]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200)
 
     painted, grown = tmp_path / "painted.png", tmp_path / "grown.png"
     ran = heliograph("a green square", "--mask", tmp_path / "mask.png", "--mask-blur", 2, "-o", painted)

@@ -5,8 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from tests.acceptance.conftest import ENVIRONMENT, ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, Server, free_port
+from bench.serving import PROJECT
+from tests.acceptance.conftest import ENVIRONMENT, Server, serving
 
 DRAW: dict[str, Any] = {"prompt": "a red circle on a blue background", "seed": 7, "async": True, "cache": False}
 LONG = DRAW | {"steps": 150, "width": 192, "height": 192}  # seconds, so that something can happen meanwhile
@@ -122,7 +122,7 @@ def test_a_job_of_a_killed_runner_or_replica_runs_again_and_gives_the_same_pictu
 def test_the_command_makes_and_shows_jobs(server: Server):
     def heliograph(*arguments: str) -> str:
         command = [sys.executable, "-m", "app.cli", *arguments, "--address", server.address]
-        ran = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        ran = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
@@ -132,42 +132,18 @@ def test_the_command_makes_and_shows_jobs(server: Server):
     assert '"status": "succeeded"' in heliograph("jobs", "cancel", id)
 
 
-@contextmanager
-def started(config: Path, log: Path) -> Iterator[str]:
-    """A server of a configuration, until it is told to stop."""
-    port = free_port()
-    command = [sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: process.poll() is not None or ready(address), START_TIMEOUT_S)
-        assert process.poll() is None, log.read_text()
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=STOP_TIMEOUT_S)
-
-
-def ready(address: str) -> bool:
-    try:
-        return httpx2.get(f"{address}/readyz", timeout=5).status_code == 200
-    except httpx2.HTTPError:
-        return False
-
-
 def test_jobs_outlive_the_server(tmp_path: Path):
-    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text().replace("data/", f"{tmp_path}/data/"))
+    raw = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{tmp_path}/data/"))
     model, jobs, gateway = (raw["applications"][i] for i in (0, -2, -1))
     model["args"]["max_rows"] = 16
     jobs["args"]["max_running"] = 2
     gateway["deployments"][0]["user_config"] |= {"default_model": "sd15", "models": [model["args"]], "upscaler": None}
     config = tmp_path / "serve_config.yaml"
     config.write_text(yaml.safe_dump(raw | {"applications": [model, jobs, gateway]}))
-    with started(config, tmp_path / "log-1") as address:
+    with serving(config, tmp_path / "log-1") as (_, address):
         made = [submit(address, LONG | {"seed": seed})["job_id"] for seed in range(4)]
         until(lambda: begun(address, made[0]))
-    with started(config, tmp_path / "log-2") as address:
+    with serving(config, tmp_path / "log-2") as (_, address):
         done = [job(address, id, wait_s=60) for id in made]
     assert [found["status"] for found in done] == ["succeeded"] * 4
     assert all(found["error"] is None for found in done)

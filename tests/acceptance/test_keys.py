@@ -1,9 +1,7 @@
 """A real server that wants keys: the command makes them, the gateway knows them, and the configuration's paths hold."""
 
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,15 @@ import httpx2
 import pytest
 import yaml
 
-from tests.acceptance.conftest import ROOT, START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
+from bench.serving import PROJECT
+from tests.acceptance.conftest import ENVIRONMENT, serving
 
 BODY = {"prompt": "a red circle", "steps": 2}
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
 
 
 def configuration() -> dict[str, Any]:
     """What ships, with one model, a gateway that wants keys and keeps pictures, and paths that are relative."""
-    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    raw = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
     model, gateway = raw["applications"][0], raw["applications"][-1]
     del gateway["args"]["jobs"]
     gateway["args"] |= {"auth": "keys", "store": {"kind": "folder"}}
@@ -38,28 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """A server of this configuration alone, started in the folder of its configuration."""
-    port = free_port()
-    log = folder / "log"
-    command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _is_ready(f"http://127.0.0.1:{port}"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=STOP_TIMEOUT_S)
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        return httpx2.get(f"{address}/readyz", timeout=5).status_code == 200
-    except httpx2.HTTPError:
-        return False
+    with serving(Path("serve_config.yaml"), folder / "log", folder) as (_, address):
+        yield address
 
 
 def heliograph(folder: Path, *arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:

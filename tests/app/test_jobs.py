@@ -458,6 +458,20 @@ async def test_a_job_costs_its_caller_pixel_steps_when_it_is_submitted(keyed: Ho
     assert [answer.status_code for answer in answers] == [202, 429]
 
 
+async def test_of_a_callers_jobs_no_more_run_than_its_key_allows(keyed: House, router: MemoryRouter):
+    router.gate.clear()
+    key = (await keyed.keys.create("painter", ("generate", "jobs"), Limits(concurrent_jobs=2)))[1]
+    async with keyed.client(key) as client:
+        ids = [(await client.post("/v1/generate", json=DRAW)).json()["job_id"] for _ in range(5)]
+        keyed.work()
+        await until(lambda: len(router.running) == 2)
+        await asyncio.sleep(0.2)
+        assert len(router.running) == 2
+        router.gate.set()
+        ends = [await client.get(f"/v1/jobs/{id}", headers={"prefer": "wait=10"}) for id in ids]
+    assert [end.json()["status"] for end in ends] == ["succeeded"] * 5
+
+
 async def test_a_server_that_keeps_no_jobs_says_so(router: MemoryRouter):
     service = Service(router)
     service.offer(CARDS, "sd15")

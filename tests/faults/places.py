@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from tests.acceptance.conftest import free_port
+from bench.serving import free_port
 from tests.app.stores.proxy import Fault, Proxy, proxy_before
 
 BUCKET = "pictures"

@@ -32,6 +32,7 @@ class Expected:
     deaths: int = 0
     failures: int = 0
     lease: float = 0.0
+    started: int = 0  # the step of its first claim
 
 
 class Jobs(RuleBasedStateMachine):
@@ -46,6 +47,8 @@ class Jobs(RuleBasedStateMachine):
         self.store = JobStore(self.database)
         self.jobs: dict[str, Expected] = {}
         self.ends: dict[str, State] = {}
+        self.step = 1
+        self.ended: dict[str, int] = {}  # in which step; what has ended in the present one is not there yet
         self.keys: dict[tuple[str, str], str] = {}
         for job in self.do(self.store.list(None, states=set(State) - TERMINAL)).jobs:  # an earlier example's
             self.do(self._end(job.id))
@@ -81,16 +84,19 @@ class Jobs(RuleBasedStateMachine):
                 job.state = State.EXPIRED
         for held in claims:
             job = self.jobs[held.id]
-            suspects = any(other.deaths and other.state in HELD for other in self.jobs.values())
-            eligible = [other for other in self.waiting() if not (other.deaths and suspects)]
+            eligible = self.eligible()
             assert job in eligible
             assert job.priority == max(other.priority for other in eligible)
             job.state, job.attempt, job.lease = State.RUNNING, job.attempt + 1, LEASE_S
             assert held.attempt == job.attempt
-        suspects = any(job.deaths and job.state in HELD for job in self.jobs.values())
-        left = [job for job in self.waiting() if not (job.deaths and suspects)]
-        assert len(claims) == limit or not left
+            job.started = job.started or self.step
+        assert len(claims) == limit or not self.eligible()
         return multiple(*claims)
+
+    def eligible(self) -> list[Expected]:
+        """What may be claimed next: of those with two deaths only one runs."""
+        suspect_runs = any(job.deaths > 1 and job.state in HELD for job in self.jobs.values())
+        return [job for job in self.waiting() if not (job.deaths > 1 and suspect_runs)]
 
     def waiting(self) -> list[Expected]:
         return [job for job in self.jobs.values() if job.state is State.QUEUED]
@@ -176,10 +182,12 @@ class Jobs(RuleBasedStateMachine):
         return replace(job, state=State.CANCELLED if job.state is State.CANCELLING else State.QUEUED)
 
     def buried(self, job: Expected) -> Expected:
+        others = [(id, other) for id, other in self.jobs.items() if other is not job]
+        had = any(o.deaths > job.deaths and self.ended.get(id, self.step) >= job.started for id, o in others)
+        alike = had or any(other.deaths == job.deaths and other.state in HELD for _, other in others)
         job = replace(job, deaths=job.deaths + 1)
-        if job.deaths >= MAX_DEATHS and job.state is not State.CANCELLING:
-            return replace(job, state=State.FAILED)
-        return self.back(job)
+        guilty = job.deaths == MAX_DEATHS or (job.deaths == 2 and not alike)
+        return replace(job, state=State.FAILED) if guilty and job.state is not State.CANCELLING else self.back(job)
 
     @invariant()
     def the_store_says_the_same(self) -> None:
@@ -191,6 +199,8 @@ class Jobs(RuleBasedStateMachine):
             assert (job.result is not None) == (job.state is State.SUCCEEDED)
             if job.finished:
                 assert self.ends.setdefault(id, job.state) is job.state
+                self.ended.setdefault(id, self.step)
+        self.step += 1
 
     def teardown(self) -> None:
         """In the end the events tell the same: without gaps, and with one end at most."""

@@ -182,3 +182,23 @@ async def test_claims_of_nothing_give_nothing(store: JobStore) -> None:
     assert await claim(store, 8) == []
     await store.submit(new())
     assert await claim(store, 0) == []
+
+
+async def test_no_more_jobs_of_an_owner_run_than_may_at_once(store: JobStore) -> None:
+    models = ("sd15", "sdxl")
+    for n in range(6):
+        await submit(store, "ada", models[n % 2], at_once=2)
+    for _ in range(2):
+        await submit(store, "bob")
+    first = await claim(store, 8, models)
+    assert Counter(held.job.owner for held in first) == {"ada": 2, "bob": 2}
+    assert await claim(store, 8, models) == []
+    await store.succeed(next(held for held in first if held.job.owner == "ada"), {})
+    assert owners(await claim(store, 8, models)) == "ada"
+
+
+async def test_claims_at_once_keep_to_what_an_owner_may_have(store: JobStore) -> None:
+    for n in range(12):
+        await submit(store, "ada", ("sd15", "sdxl")[n % 2], at_once=3)
+    rounds = await asyncio.gather(*(claim(store, 4, ("sd15", "sdxl")) for _ in range(6)))
+    assert sum(len(claims) for claims in rounds) + len(await claim(store, 4, ("sd15", "sdxl"))) == 3

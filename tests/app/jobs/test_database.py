@@ -24,6 +24,9 @@ from app.errors import code_of, envelope, headers_of, status_of
 from app.jobs.job import Claim
 from app.jobs.states import State
 from app.jobs.store import JobStore
+from app.keys.caller import Limits
+from app.keys.registry import Keys
+from app.results.results import Results
 from models.errors import InvalidRequest, Unavailable
 from tests.app.jobs.making import HOOK, claim_one, submit
 
@@ -42,7 +45,16 @@ HOLDINGS = {
         "INSERT INTO deliveries (id, job_id, owner, url, event, body, state, attempts, next_at, created_at)"
         " VALUES ('msg_1', '0192f0c2a1b37c4d8e5f60718293a4b5', 'ada', 'https://example.com', 'start', '{}', 'pending',"
         " 0, 0, 1e9)",
-    )
+    ),
+    "0002": (
+        "INSERT INTO api_keys (id, caller, name, digest, scopes, limits, created_at)"
+        " VALUES ('4f1d0c9a', '4f1d0c9a', 'ada', 'd', '[\"generate\"]', '{\"concurrent_jobs\": 2}', 1e9)",
+    ),
+    "0003": (
+        "INSERT INTO results (id, owner, fingerprint, receipt, images, created_at, expires_at)"
+        " VALUES ('0192f0c2a1b37c4d8e5f60718293a4b6', 'ada', 'f', '{\"seed\": 7}', '[{\"key\": \"results/1/0\"}]',"
+        " 1e9, 9e9)",
+    ),
 }
 
 
@@ -99,6 +111,12 @@ async def test_every_earlier_schema_is_brought_up_to_date_with_what_it_holds(rev
         assert (job.state, job.request, job.work) == (State.QUEUED, {"prompt": "a"}, 1.5)
         assert [event.data for event in await store.events(job.id, "ada")] == [{"state": "queued"}]
         assert (await claim_one(store)).id == job.id
+    if "0002" in passed:
+        (key,) = (await Keys(bare, b"p" * 32).list())[1]
+        assert (key.name, key.scopes, key.limits) == ("ada", ("generate",), Limits(concurrent_jobs=2))
+    if "0003" in passed:
+        result = await Results(bare, None, 60.0).get("ada", "0192f0c2a1b37c4d8e5f60718293a4b6")
+        assert (result.receipt, result.keys) == ({"seed": 7}, ("results/1/0",))
     await submit(store, webhook=HOOK)
     await store.succeed(await claim_one(store), {})
 

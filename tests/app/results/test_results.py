@@ -1,5 +1,6 @@
 """Results on both databases and in a real folder: kept, found again, for their owner alone, and removed in time."""
 
+import asyncio
 import hashlib
 import os
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from app import job_runner
 from app.database import Database
 from app.jobs.job import NewJob
 from app.jobs.store import JobStore
@@ -20,6 +22,7 @@ from app.stores.links import Links
 from app.stores.sweep import GRACE_S
 from models.errors import InvalidRequest, NotFound, Unavailable
 from models.metadata import named
+from tests.app.loopback import until
 from tests.app.results.conftest import KEEP_S, SECRET, WHITE, drawn
 
 ABOUT = "f" * 64
@@ -164,3 +167,29 @@ async def test_a_store_that_is_full_costs_the_pictures_and_not_the_receipt(datab
     assert made.fault is not None
     assert made.receipt_id is not None
     assert (await results.get("ada", made.receipt_id)).keys == ()
+
+
+class Troubled(Results):
+    """Whose store is away at first."""
+
+    def __init__(self, database: Database):
+        super().__init__(database, None, KEEP_S)
+        self.looks = 0
+
+    async def keep_house(self) -> Swept:
+        self.looks += 1
+        if self.looks == 1:
+            raise Unavailable(1.0, "the store is away")
+        return await super().keep_house()
+
+
+async def test_the_house_is_kept_again_and_again_also_after_trouble(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job_runner, "HOUSE_S", 0.01)
+    kept = Troubled(database)
+    keeping = asyncio.create_task(job_runner.keep_house(kept))
+    await until(lambda: kept.looks >= 3)
+    keeping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await keeping

@@ -17,6 +17,7 @@ from tests.app.jobs.making import claim_one, submit
 
 JOB = Job(
     inputs=None,
+    at_once=None,
     id="0199f3a0c1d27e6f8a4b5c6d7e8f9a0b",
     owner="ada",
     state=State.SUCCEEDED,
