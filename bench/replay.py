@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from bench.capacity import highest
-from bench.load import ATTAINMENT
+from bench.load import ATTAINMENT, Load
 from bench.pipeline import groups_of
 from bench.workloads import class_of
 from models.request import GenerationRequest
@@ -69,7 +69,9 @@ class Trace:
 
     def latencies_s(self, rate: float, batching: Batching, batch_s: BatchSeconds) -> list[float]:
         """Each request's latency at `rate` arrivals a second."""
-        times = [arrival / rate for arrival in self.arrivals]
+        return self._latencies_s([arrival / rate for arrival in self.arrivals], batching, batch_s)
+
+    def _latencies_s(self, times: Sequence[float], batching: Batching, batch_s: BatchSeconds) -> list[float]:
         latencies, free = [0.0] * len(times), 0.0
         for batch, closed in _batches(times, batching):
             free = max(free, closed) + batch_s([self.requests[i] for i in batch])
@@ -87,8 +89,10 @@ class Trace:
         return highest(passes, low=high / 100, high=high)
 
     def saturated(self, batching: Batching, batch_s: BatchSeconds) -> float:
-        """Pictures per second when everything arrives at once."""
-        return len(self.requests) / max(self.latencies_s(1e9, batching, batch_s))
+        """Pictures per second when everything arrives at once, as it does when it is measured."""
+        times = Load.saturating(self.requests).arrivals_s
+        latencies = self._latencies_s(times, batching, batch_s)
+        return len(self.requests) / max(time + latency for time, latency in zip(times, latencies, strict=True))
 
 
 def _batches(times: Sequence[float], batching: Batching) -> Iterator[tuple[list[int], float]]:

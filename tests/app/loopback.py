@@ -5,6 +5,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ async def serving(
     answer: Answer, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
 ) -> AsyncIterator[Loopback]:
     """The server for as long as it is needed; whoever is still connected then is cut off."""
-    loopback, talking = Loopback(), set[asyncio.Task[None]]()
+    loopback, talking, writers = Loopback(), set[asyncio.Task[None]](), WeakSet[asyncio.StreamWriter]()
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         talking.add(task)
+        writers.add(writer)
         loopback.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -92,9 +94,13 @@ async def serving(
         yield loopback
     finally:
         server.close()
+        await asyncio.sleep(0)  # who has just been let in begins to talk
         for task in tuple(talking):
             task.cancel()
         await asyncio.gather(*talking, return_exceptions=True)
+        for writer in tuple(writers):
+            writer.transport.abort()  # with what a slow reader has not taken yet
+        await asyncio.sleep(0)  # an aborted transport lets its socket go in the next turn
         await server.wait_closed()
 
 
