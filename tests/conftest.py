@@ -2,5 +2,5 @@
 
 import os
 
-# Several processes run tests at a time. Threads that wait for each other at every barrier would wait for their turns too.
+# Several processes run tests at a time: threads that wait for each other at every barrier would wait for turns too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
