@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.jobs.states import State
 from bench.serving import PROJECT
 from tests.faults.log import EndJob, Injected, read
 from tests.faults.plan import KILLS
@@ -30,5 +31,7 @@ def test_nothing_is_lost_while_each_part_fails_once(tmp_path: Path):
     assert harness.returncode == 0, told
     events = read(folder / "events.jsonl")
     assert {event.kind for event in events if isinstance(event, Injected)} == KINDS
-    assert len([event for event in events if isinstance(event, EndJob)]) == JOBS
+    ends = [event.state for event in events if isinstance(event, EndJob)]
+    assert len(ends) == JOBS
+    assert ends.count(State.SUCCEEDED) >= JOBS // 2
     assert not processes_of(folder), "the harness leaves processes behind"

@@ -32,7 +32,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A new folder for the log; a temporary one unless said.")] = None,
     check: Annotated[Path | None, typer.Option(help="Only checks the log of an earlier run.")] = None,
 ) -> None:
-    """Start a server of its own, submit jobs, inject faults, and check the ten invariants over the log.
+    """Start a server of its own, submit jobs, inject faults, and check the invariants over the log.
 
     Ends with status 1 where one is violated. Ctrl-C stops everything that was started.
     """

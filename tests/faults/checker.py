@@ -1,4 +1,4 @@
-"""The ten invariants, each a pure function from a log's story to what breaks it.
+"""The invariants, each a pure function from a log's story to what breaks it.
 
 The manner is Jepsen's: nobody looks on while faults are injected; the record of what clients saw, and how everything
 stood at the end, is judged afterwards.
@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from app.jobs.states import TERMINAL, TRANSITIONS, State
+from app.jobs.states import HELD, TERMINAL, TRANSITIONS, State
 from tests.faults.log import Change, EndJob
+from tests.faults.recovery import recoveries_of
 from tests.faults.story import Story
 
+RUNS_AGAIN_S = 15.0
+CALM_S = 30.0  # without another fault before one whose recovery is timed
 TURNS = 16  # of another owner while one waits: a dead runner's jobs go before what waits, and there may be as many
 DIFFERENCE = 1  # of 255: what a picture's neighbours may do to it in float32 on a CPU
 
@@ -171,15 +174,27 @@ def owners_take_turns(story: Story) -> Iterator[Fault]:
     """I8: while a job of one owner waits, no other owner is served more than TURNS times before one of its own is.
 
     Within a model and a priority. A job that a worker has died with may have to wait for another such one, and counts
-    as nobody's.
+    as nobody's; and an owner with a limit may wait for their own jobs.
     """
+    yield from _too_many_at_once(story)
     lanes: defaultdict[tuple[str, int], list[EndJob]] = defaultdict(list)
     for job in story.jobs.values():
         if not job.deaths:
             lanes[job.model, job.priority].append(job)
     for jobs in lanes.values():
-        for owner in sorted({job.owner for job in jobs}):
+        for owner in sorted({job.owner for job in jobs} - story.at_once.keys()):
             yield from _starved(owner, jobs)
+
+
+def _too_many_at_once(story: Story) -> Iterator[Fault]:
+    for owner, limit in story.at_once.items():
+        mine = [(c.at, c.state in HELD, c.seq, job) for job in story.jobs.values() if job.owner == owner
+                for c in job.changes if c.state is not None]  # fmt: skip
+        running: set[str] = set()
+        for _, held, _, job in sorted(mine, key=lambda move: move[:3]):
+            (running.add if held else running.discard)(job.job_id)
+            if len(running) > limit:
+                yield job.job_id, f"ran as the {len(running)}th of an owner who may have {limit} at a time"
 
 
 def _starved(owner: str, jobs: list[EndJob]) -> Iterator[Fault]:
@@ -242,6 +257,29 @@ def pictures_do_not_feel_the_faults(story: Story) -> Iterator[Fault]:
                 yield job_id, f"picture {picture.index} is {picture.difference}/255 from the undisturbed one"
 
 
+def only_faults_make_failures(story: Story) -> Iterator[Fault]:
+    """I11: a job fails only as poisoned, after two faults in its life, and expires only where it had a deadline."""
+    for job_id, job in story.jobs.items():
+        if job.state is State.EXPIRED and not story.has_deadline(job):
+            yield job_id, "expired without a deadline"
+        if job.state is not State.FAILED:
+            continue
+        begun, over = job.changes[0].at, job.changes[-1].at
+        met = [fault for fault in story.faults if fault.at <= over and begun <= fault.until]
+        if job.error != "poisoned" or len(met) < 2:
+            yield job_id, f"failed as {job.error}; {len(met)} faults met it"
+
+
+def jobs_run_again_soon(story: Story) -> Iterator[Fault]:
+    """I12: a job whose runner or replica is killed runs again within RUNS_AGAIN_S, where no other fault is near."""
+    for job in story.jobs.values():
+        for fault, seconds in recoveries_of(job, story.faults):
+            others = [other for other in story.faults if other is not fault]
+            near = [o for o in others if o.at <= fault.at + seconds and fault.at - CALM_S <= o.until]
+            if fault.kind in ("model", "runner") and not near and seconds > RUNS_AGAIN_S:
+                yield job.job_id, f"ran again {seconds:.1f} s after its {fault.kind} was killed"
+
+
 INVARIANTS: Mapping[str, Invariant] = {
     "I1": none_is_lost,
     "I2": ends_are_final,
@@ -253,4 +291,6 @@ INVARIANTS: Mapping[str, Invariant] = {
     "I8": owners_take_turns,
     "I9": work_counts_once,
     "I10": pictures_do_not_feel_the_faults,
+    "I11": only_faults_make_failures,
+    "I12": jobs_run_again_soon,
 }

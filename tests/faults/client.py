@@ -70,6 +70,7 @@ class Clients:
                 owner=self._owners[job.owner][1],
                 seed=job.seed,
                 samples=job.samples,
+                deadline="deadline_s" in job.body,
                 status=None if answer is None else answer.status_code,
                 job_id=told.get("job_id"),
                 replayed=answer is not None and answer.headers.get("idempotency-replayed") == "true",

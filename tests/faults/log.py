@@ -24,6 +24,14 @@ class Event(BaseModel):
     at: float = Field(default_factory=time.time)
 
 
+class Owner(Event):
+    """A caller, and how many jobs of theirs may run at a time."""
+
+    type: Literal["owner"] = "owner"
+    id: str
+    at_once: int | None
+
+
 class Submitted(Event):
     """One try to submit a planned job. `status` is HTTP's, None where no answer came.
 
@@ -35,6 +43,7 @@ class Submitted(Event):
     owner: str
     seed: int
     samples: int
+    deadline: bool = False
     status: int | None
     job_id: str | None = None
     replayed: bool = False
@@ -133,7 +142,7 @@ class EndPicture(Event):
     difference: int | None
 
 
-AnyEvent = Submitted | Seen | Injected | Hook | EndJob | EndDelivery | EndPicture
+AnyEvent = Owner | Submitted | Seen | Injected | Hook | EndJob | EndDelivery | EndPicture
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="type")])
 
 

@@ -67,15 +67,16 @@ def planned(
 ) -> Plan:
     """The plan of a seed: a fault about every `every_s` seconds, jobs at a steady rate from begin to end.
 
-    Each kind comes as often as every other, give or take one. Outages last from a second to `outage_s`; between two of
-    these are at least `rest_s` seconds, since what is always broken cannot work.
+    Each kind comes as often as every other, give or take one. Outages last from a second to `outage_s`, the first of
+    each kind all of it; between two are at least `rest_s` seconds, since what is always broken cannot work.
     """
     chance = Random(seed)
     deck = [kinds[i % len(kinds)] for i in range(faults)]
     chance.shuffle(deck)
     planned_faults, at_s, well_at_s = [], FIRST_FAULT_S, 0.0
     for kind in deck:
-        lasts_s = 0.0 if kind in KILLS else chance.uniform(1.0, max(1.0, outage_s))
+        first = all(fault.kind != kind for fault in planned_faults)
+        lasts_s = 0.0 if kind in KILLS else outage_s if first else chance.uniform(1.0, max(1.0, outage_s))
         at_s = max(at_s, well_at_s) if lasts_s else at_s
         planned_faults.append(PlannedFault(at_s=at_s, kind=kind, lasts_s=lasts_s, choice=chance.random()))
         well_at_s = at_s + lasts_s + rest_s if lasts_s else well_at_s

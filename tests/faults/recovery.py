@@ -22,12 +22,13 @@ def recoveries(story: Story) -> Mapping[FaultKind, Sequence[float]]:
     """
     found: dict[FaultKind, list[float]] = {}
     for job in story.jobs.values():
-        for fault, seconds in _of(job, story.faults):
+        for fault, seconds in recoveries_of(job, story.faults):
             found.setdefault(fault.kind, []).append(seconds)
     return {kind: sorted(seconds) for kind, seconds in sorted(found.items())}
 
 
-def _of(job: EndJob, faults: Sequence[Injected]) -> list[tuple[Injected, float]]:
+def recoveries_of(job: EndJob, faults: Sequence[Injected]) -> list[tuple[Injected, float]]:
+    """The faults that put this job back into the queue, and the seconds until its next attempt began."""
     moves = [change for change in job.changes if change.state is not None]
     found = []
     for ran, back, again in zip(moves, moves[1:], moves[2:], strict=False):

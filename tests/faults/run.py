@@ -18,7 +18,7 @@ from tests.faults import ending
 from tests.faults.client import Clients
 from tests.faults.databases import DATABASES, DatabaseUnderTest
 from tests.faults.injector import Injector
-from tests.faults.log import Log
+from tests.faults.log import Log, Owner
 from tests.faults.places import PLACES, Place
 from tests.faults.plan import OWNERS, Plan
 from tests.faults.receiver import PATH, Receiver, receiving
@@ -28,6 +28,7 @@ from tests.faults.twins import twins
 # After the last fault everything has to come to its end. A webhook whose second attempt was lost, too, is sent again
 # five minutes later.
 SETTLE_S = 600.0
+AT_ONCE = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
@@ -62,7 +63,7 @@ async def run(wanted: Run, console: Console) -> None:
         hooks = await stack.enter_async_context(receiving(receiver))
         surroundings = Surroundings(folder=wanted.folder, database=tested.url, place=place, hooks_port=hooks.port)
         database = await stack.enter_async_context(_migrated(tested.url))
-        owners = await _with_keys(database, surroundings)
+        owners = await _with_keys(database, surroundings, log)
         with console.status("starting the server"):
             system = await stack.enter_async_context(System(surroundings))
         clients = Clients(system.address, hooks.url(PATH), owners, log)
@@ -107,11 +108,16 @@ async def _migrated(url: str) -> AsyncIterator[Database]:
         await database.close()
 
 
-async def _with_keys(database: Database, surroundings: Surroundings) -> Sequence[tuple[str, str]]:
-    """A key and its caller's id for each owner."""
+async def _with_keys(database: Database, surroundings: Surroundings, log: Log) -> Sequence[tuple[str, str]]:
+    """A key and its caller's id for each owner; the last may have fewer jobs at a time than would run."""
     keys = registry.opened(database, str(surroundings.secret_file))
-    made = [await keys.create(f"owner {i}", ("generate", "jobs"), Limits()) for i in range(OWNERS)]
-    return [(text, key.caller) for key, text in made]
+    made = []
+    for i in range(OWNERS):
+        limits = Limits(concurrent_jobs=AT_ONCE if i == OWNERS - 1 else None)
+        key, text = await keys.create(f"owner {i}", ("generate", "jobs"), limits)
+        log.write(Owner(id=key.caller, at_once=limits.concurrent_jobs))
+        made.append((text, key.caller))
+    return made
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tests.faults.log import AnyEvent, EndDelivery, EndJob, EndPicture, Hook, Injected, Seen, Submitted
+from tests.faults.log import AnyEvent, EndDelivery, EndJob, EndPicture, Hook, Injected, Owner, Seen, Submitted
 
 T = TypeVar("T", bound=AnyEvent)
 
@@ -22,6 +22,7 @@ class Story:
     deliveries: Mapping[str, Sequence[EndDelivery]]
     pictures: Mapping[str, Sequence[EndPicture]]
     faults: Sequence[Injected]
+    at_once: Mapping[str, int]  # how many jobs may run at a time, by the owners that have such a limit
 
     @classmethod
     def of(cls, events: Sequence[AnyEvent]) -> "Story":
@@ -38,6 +39,7 @@ class Story:
             deliveries=_by_job(events, EndDelivery),
             pictures=_by_job(events, EndPicture),
             faults=[event for event in events if isinstance(event, Injected)],
+            at_once={event.id: event.at_once for event in events if isinstance(event, Owner) and event.at_once},
         )
 
     def history(self, job_id: str) -> list[AnyEvent]:
@@ -46,7 +48,14 @@ class Story:
 
     def samples(self, job: EndJob) -> int | None:
         """How many pictures were asked for; None for a job that nobody submitted."""
-        return next((tries[0].samples for tries in self.submitted.values() if tries[0].seed == job.seed), None)
+        return None if (asked := self._asked(job)) is None else asked.samples
+
+    def has_deadline(self, job: EndJob) -> bool:
+        """Whether its caller set a time for it."""
+        return (asked := self._asked(job)) is not None and asked.deadline
+
+    def _asked(self, job: EndJob) -> Submitted | None:
+        return next((tries[0] for tries in self.submitted.values() if tries[0].seed == job.seed), None)
 
 
 def _by_job(events: Sequence[AnyEvent], kind: type[T]) -> Mapping[str, list[T]]:

@@ -22,6 +22,7 @@ from tests.faults.log import (
     Hook,
     Injected,
     Log,
+    Owner,
     Seen,
     Submitted,
     read,
@@ -119,9 +120,12 @@ def ended(*ends: State, **changes: Any) -> EndJob:
 def claimed(owner: str, number: int, from_s: float, at: float) -> tuple[AnyEvent, ...]:
     """A job of that owner which waited and was then served, and its submission."""
     id = f"{number:032x}"
-    moves = (state(1, State.QUEUED, 0, from_s), state(2, State.RUNNING, 1, at), state(3, State.FAILED, 1, at + 1))
+    moves = (
+        *(state(1, State.QUEUED, 0, from_s), state(2, State.RUNNING, 1, at)),
+        *(state(3, State.CANCELLING, 1, at + 1), state(4, State.CANCELLED, 1, at + 1)),
+    )
     values = {"job_id": id, "owner": owner, "seed": number, "attempt": 1, "deaths": 0, "webhook": False}
-    job = but(ENDED, state=State.FAILED, result=False, changes=moves, **values)
+    job = but(ENDED, state=State.CANCELLED, result=False, changes=moves, **values)
     return Submitted(number=number, owner=owner, seed=number, samples=1, status=202, job_id=id), job
 
 
@@ -130,6 +134,19 @@ def turns(ada_waits_s: float) -> tuple[AnyEvent, ...]:
     bobs = [event for i in range(30) for event in claimed("bob", 100 + i, 50.0, 101.0 + i)]
     return (*claimed("ada", 99, 100.0, 100.0 + ada_waits_s), *bobs)
 
+
+def expired() -> tuple[Change, ...]:
+    return (*CHANGES[:4], state(5, State.EXPIRED, 2))
+
+
+def later(seconds: float) -> tuple[Change, ...]:
+    """The same, but that the second attempt began so much later."""
+    return (*CHANGES[:3], *(but(change, at=change.at + seconds) for change in CHANGES[3:]))
+
+
+# Failed as poisoned: well, where two faults met it.
+FAILED = replace(WELL, job=ended(State.FAILED, error="poisoned"), sights=(), delivery=None, hooks=(), picture=None)
+FAILED = replace(FAILED, job=but(FAILED.job, webhook=False))
 
 BROKEN = {
     "I1: it is not there": ("I1", replace(WELL, job=None, delivery=None, hooks=(), picture=None, sights=())),
@@ -166,7 +183,7 @@ BROKEN = {
     ),
     "I4: another job for the same key": (
         "I4",
-        replace(WELL, more=(ended(State.FAILED, job_id=OTHER, webhook=False),)),
+        replace(WELL, more=(ended(State.CANCELLING, State.CANCELLED, job_id=OTHER, webhook=False),)),
     ),
     "I4: a replay that is not marked": ("I4", replace(WELL, again=SUBMITTED)),
     "I4: nobody's job": ("I4", replace(WELL, more=claimed("ada", 5, 1.0, 2.0)[1:])),
@@ -195,6 +212,10 @@ BROKEN = {
     "I7: a wrong signature": ("I7", replace(WELL, hooks=(*HOOKS, but(HOOKS[0], verified=False)))),
     "I7: a webhook that lies": ("I7", replace(WELL, hooks=(*HOOKS, but(HOOKS[0], status="failed")))),
     "I8: others are served again and again": ("I8", replace(WELL, more=turns(ada_waits_s=checker.TURNS + 1.5))),
+    "I8: more at a time than allowed": (
+        "I8",
+        replace(WELL, more=(Owner(id="bob", at_once=2), *(e for n in (1, 2, 3) for e in claimed("bob", n, 1.0, 2.0)))),
+    ),
     "I9: an attempt twice": (
         "I9",
         replace(WELL, job=but(ENDED, changes=(*CHANGES[:3], state(4, State.RUNNING, 1), *CHANGES[4:]))),
@@ -213,11 +234,27 @@ BROKEN = {
     ),
     "I10: another picture than alone": ("I10", replace(WELL, picture=but(PICTURE, difference=2))),
     "I10: not compared": ("I10", replace(WELL, picture=but(PICTURE, difference=None))),
+    "I11: a failure without faults": ("I11", replace(FAILED, more=(FAULT,))),
+    "I11: a failure that is the server's": (
+        "I11",
+        replace(FAILED, job=but(FAILED.job, error="engine_fault"), more=(FAULT, FAULT)),
+    ),
+    "I11: expired without a deadline": (
+        "I11",
+        replace(FAILED, job=but(FAILED.job, state=State.EXPIRED, error=None, changes=expired())),
+    ),
+    "I12: too late": ("I12", replace(WELL, job=but(ENDED, changes=later(20.0)), more=(FAULT,))),
 }
 
 
 def test_a_log_in_which_all_went_well_has_no_violations():
     assert WELL.violations() == []
+
+
+def test_a_poisoned_job_and_a_late_one_among_faults_are_well():
+    assert replace(FAILED, more=(FAULT, FAULT)).violations() == []
+    near = but(FAULT, kind="controller", at=3.0, until=3.0)
+    assert replace(WELL, job=but(ENDED, changes=later(20.0)), more=(FAULT, near)).violations() == []
 
 
 def test_a_replay_a_dead_letter_and_a_turn_that_is_late_are_well():
@@ -238,10 +275,11 @@ def test_each_invariant_has_a_log_that_breaks_it():
 
 def test_a_log_is_read_as_it_was_written(tmp_path: Path):
     log = Log(tmp_path / "events.jsonl")
-    for event in (*WELL.events, FAULT):
+    events = [Owner(id="ada", at_once=None), *WELL.events, FAULT]
+    for event in events:
         log.write(event)
     log.close()
-    assert read(tmp_path / "events.jsonl") == [*WELL.events, FAULT]
+    assert read(tmp_path / "events.jsonl") == events
     kinds = {kind.model_fields["type"].default for kind in Event.__subclasses__()}
     assert {event.type for event in read(tmp_path / "events.jsonl")} == kinds
 
