@@ -1,16 +1,19 @@
-"""`python -m bench.jobs`: what the job store's methods cost with 10 and with 10,000 jobs waiting."""
+"""`python -m bench.jobs`: what looking at a job and the job store's methods cost with 10 and with 10,000 jobs waiting."""
 
 import asyncio
+import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import httpx2
 import typer
+import yaml
 from rich.console import Console
-from rich.table import Table
 from sqlalchemy import delete, insert, select
 
 from app.database import Database
@@ -19,6 +22,9 @@ from app.jobs.journal import new_id
 from app.jobs.store import JobStore
 from app.jobs.submission import Bounds
 from app.jobs.tables import jobs
+from bench import readme
+from bench.report import Sheet
+from bench.serving import PROJECT, Serving
 
 T = TypeVar("T")
 Seconds = dict[str, list[float]]
@@ -26,6 +32,8 @@ Seconds = dict[str, list[float]]
 SIZES = (10, 10_000)
 OWNERS = 10
 BATCH = 1000
+WARM_UP = 50
+LOOK = "GET /v1/jobs/{id}"
 
 
 async def fill(database: Database, count: int) -> None:
@@ -68,15 +76,50 @@ async def measure(database: Database, rounds: int) -> Seconds:
     return spent
 
 
+@asynccontextmanager
+async def gateway(url: str, folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
+    """The whole server on a database, less the runners: so its jobs wait."""
+    from bench.server import one_model  # which needs torch
+
+    def config(_: str) -> dict[str, Any]:
+        shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
+        queue = next(one for one in shipped["applications"] if one["name"] == "gateway")["args"]["jobs"]
+        served = one_model(shipped, {"max_rows": 2, "threads": 1})
+        next(one for one in served["applications"] if one["name"] == "gateway")["args"] |= {
+            "database": url,
+            "jobs": queue,
+        }
+        return served
+
+    async with Serving(folder, config) as serving, httpx2.AsyncClient(base_url=serving.address, timeout=30) as client:
+        yield client
+
+
+async def look(client: httpx2.AsyncClient, database: Database, rounds: int) -> list[float]:
+    """The seconds of so many looks at queued jobs, one after another, through HTTP."""
+    ids = list(await database.read(lambda c: c.scalars(select(jobs.c.id).order_by(jobs.c.id))))
+    spent = []
+    for number in range(WARM_UP + rounds):
+        began = time.perf_counter()
+        answer = await client.get(f"/v1/jobs/{ids[number * len(ids) // (WARM_UP + rounds)]}")
+        spent.append(time.perf_counter() - began)
+        if answer.json().get("position") is None:
+            raise RuntimeError(f"{answer.status_code} {answer.text}")
+    return spent[WARM_UP:]
+
+
 async def compare(url: str, rounds: int) -> dict[int, Seconds]:
     """The measurements by how many jobs wait. Empties the table of jobs."""
     database = Database(url)
     await database.migrate()
-    found = {}
-    for size in SIZES:
-        await database.write(lambda c: c.execute(delete(jobs)))
-        await fill(database, size)
-        found[size] = await measure(database, rounds)
+    found: dict[int, Seconds] = {}
+    with tempfile.TemporaryDirectory(prefix="heliograph-bench-") as folder:
+        async with gateway(url, Path(folder)) as client:
+            for size in SIZES:
+                await database.write(lambda c: c.execute(delete(jobs)))
+                await fill(database, size)
+                looks = await look(client, database, rounds)
+                found[size] = {LOOK: looks} | await measure(database, rounds)
     await database.close()
     return found
 
@@ -86,30 +129,42 @@ def quantile(seconds: list[float], share: float) -> float:
     return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)]
 
 
-def report(name: str, found: dict[int, Seconds]) -> Table:
-    """One line for each method: p50 and p99 in milliseconds at each size."""
-    table = Table(title=f"{name}: milliseconds with so many jobs waiting")
-    table.add_column("method")
-    for size in found:
-        for share in ("p50", "p99"):
-            table.add_column(f"{share} at {size:,}", justify="right")
+def sheet_of(name: str, found: Mapping[int, Seconds]) -> Sheet:
+    """One line for each method: p50 and p99 in milliseconds at each size, and the ratio of the p99s."""
+    columns = [f"{share} at {size:,}" for size in found for share in ("p50", "p99")]
+    rows = []
     for method in found[SIZES[0]]:
-        cells = [f"{1000 * quantile(spent[method], share):.2f}" for spent in found.values() for share in (0.5, 0.99)]
-        table.add_row(method, *cells)
-    return table
+        cells = [1000 * quantile(spent[method], share) for spent in found.values() for share in (0.5, 0.99)]
+        rows.append([method, *(f"{cell:.2f}" for cell in cells), f"{cells[3] / cells[1]:.2f}"])
+    title = f"{name}: milliseconds with so many jobs waiting"
+    return Sheet(title=title, columns=["", *columns, "p99 / p99"], rows=rows)
 
 
 def main(
     postgresql: Annotated[
         str | None, typer.Option(help="URL of a PostgreSQL database for this alone: its jobs are deleted.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=10)] = 300,
+    rounds: Annotated[int, typer.Option(min=10)] = 500,
+    publish: Annotated[bool, typer.Option("--publish", help="Also put the tables into bench/README.md.")] = False,
 ) -> None:
-    """Measure the job store on SQLite in a temporary folder, and on PostgreSQL where a URL is given."""
+    """Measure looking at a job through HTTP, and the job store itself, on SQLite and, where a URL is given, PostgreSQL."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from bench.machine import Machine
+
+    console, machine = Console(), Machine.here(1)
+    parts: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         urls = [f"sqlite:///{Path(folder) / 'jobs.db'}", *([postgresql] if postgresql else [])]
         for url in urls:
-            Console().print(report(url.split(":")[0], asyncio.run(compare(url, rounds))))
+            sheet = sheet_of(url.split(":")[0], asyncio.run(compare(url, rounds)))
+            console.print(sheet.rich())
+            parts.append(sheet.markdown())
+    parts.append(f"{rounds} rounds. Machine: {machine}.")
+    if machine.busy:
+        parts.append("The machine was busy: these figures are not worth keeping.")
+    console.print(*parts[len(urls) :], sep="\n", highlight=False)
+    if publish:
+        readme.publish("jobs", "\n\n".join(parts))
 
 
 if __name__ == "__main__":
