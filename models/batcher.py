@@ -20,7 +20,7 @@ class Candidate(Protocol):
 C = TypeVar("C", bound=Candidate)
 
 
-def knee(seconds: dict[int, float], worth: float = 0.05) -> int:
+def knee(seconds: dict[int, float], worth: float = 0.1) -> int:
     """The smallest row count whose rows per second come within `worth` of the best; a bigger batch only delays.
 
     `seconds` maps a row count to the seconds one forward of so many rows takes.
