@@ -28,8 +28,11 @@ OWNERS = 10
 BATCH = 1000
 
 
-async def fill(database: Database, count: int) -> None:
-    """Puts `count` queued jobs of several owners in at once, as so many submissions would have left them."""
+async def fill(database: Database, count: int, capped: int = 0) -> None:
+    """Puts `count` queued jobs of several owners in at once, as so many submissions would have left them.
+
+    The first `capped` of them are another owner's, who has all the first turns, and of whom one job at a time may run.
+    """
     store = JobStore(database, Bounds(waiting=2 * count + 2, per_owner=2 * count + 2))
     first = (await store.submit(NewJob(owner="owner-0", model="sd15", kind="generate", request={}))).job
     row = (await database.read(lambda c: c.execute(select(jobs).where(jobs.c.id == first.id)))).one()
@@ -37,6 +40,8 @@ async def fill(database: Database, count: int) -> None:
     for number in range(1, count):
         id = new_id(first.created_at, id)
         place = {"id": id, "owner": f"owner-{number % OWNERS}", "turn": number // OWNERS}
+        if number <= capped:
+            place |= {"owner": "capped", "turn": number - capped - 1, "at_once": 1}
         rows.append(dict(row._mapping) | place | {"request": {"prompt": "a red circle", "seed": number}})
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
@@ -69,7 +74,8 @@ async def measure(database: Database, rounds: int) -> Seconds:
 
 
 async def compare(url: str, rounds: int) -> dict[int, Seconds]:
-    """The measurements by how many jobs wait. Empties the table of jobs."""
+    """The measurements by how many jobs wait; the last with half of them an owner's who may run no more. Empties the
+    table of jobs."""
     database = Database(url)
     await database.migrate()
     found = {}
@@ -77,6 +83,10 @@ async def compare(url: str, rounds: int) -> dict[int, Seconds]:
         await database.write(lambda c: c.execute(delete(jobs)))
         await fill(database, size)
         found[size] = await measure(database, rounds)
+        await database.write(lambda c: c.execute(delete(jobs)))
+        await fill(database, size, capped=size // 2)
+        await JobStore(database).claim("runner", ["sd15"], 1, 3600.0)
+        found[size]["claim past one who is full"] = (await measure(database, rounds))["claim"]
     await database.close()
     return found
 
