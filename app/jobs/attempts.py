@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.jobs import poison
@@ -97,8 +97,10 @@ async def release(connection: AsyncConnection, claim: Claim, payload: Payload) -
 async def hand_back(connection: AsyncConnection, runner: str, but: Collection[str], payload: Payload) -> list[Job]:
     """What a runner holds without knowing."""
     journal = await Journal.open(connection, payload)
-    query = select(jobs).where(LEASED, jobs.c.runner == runner, jobs.c.id.not_in(but)).order_by(jobs.c.id)
-    rows = (await connection.execute(query.with_for_update())).all()
+    held = and_(LEASED, jobs.c.runner == runner)
+    others = select(jobs.c.id).where(held, jobs.c.id.not_in(but))
+    query = select(jobs).where(held, jobs.c.id.in_(others)).order_by(jobs.c.id).with_for_update()
+    rows = (await connection.execute(query)).all()
     return [await _back(journal, row, "released", None) for row in rows]
 
 

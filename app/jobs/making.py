@@ -34,8 +34,8 @@ class Patience:
     """With what is busy or away, in seconds.
 
     `store_s` are the pauses before a picture is put into the store again, which saves drawing it again; `busy_s` the
-    shortest and the longest pause before a model that is busy or does not run is asked again; `model_s` is how long that
-    goes on before the job is handed back.
+    shortest and the longest pause before a model that is busy or does not run is asked again; `model_s` is how long
+    that goes on before the job is handed back.
     """
 
     store_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)

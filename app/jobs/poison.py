@@ -9,7 +9,7 @@ third death is its own. When it is a suspect's turn, nothing of its model is beg
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.jobs.tables import LEASED, jobs
@@ -30,11 +30,11 @@ def is_poisoned(row: Row[Any]) -> bool:
 async def note_company(connection: AsyncConnection, models: Collection[str]) -> None:
     """Notes of what runs of these models, each of which runs several jobs now, that it is not alone.
 
-    Only of those with a death, for whom it matters. Locks in the order of ids, as everybody does who locks several jobs.
+    Only of those with a death, for whom it matters. Locks in the order of ids, as everybody who locks several jobs.
     """
-    query = select(jobs.c.id).where(
-        LEASED, jobs.c.model.in_(models), jobs.c.deaths > 0, jobs.c.accompanied.is_(False)
-    )
-    ids = (await connection.scalars(query.order_by(jobs.c.id).with_for_update())).all()
+    alone = and_(LEASED, jobs.c.deaths > 0, jobs.c.accompanied.is_(False))
+    some = select(jobs.c.id).where(alone, jobs.c.model.in_(models))
+    query = select(jobs.c.id).where(alone, jobs.c.id.in_(some)).order_by(jobs.c.id).with_for_update()
+    ids = (await connection.scalars(query)).all()
     if ids:
         await connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(accompanied=True))

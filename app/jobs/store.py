@@ -192,7 +192,7 @@ class JobStore:
         """Removes data of jobs that ended more than `keep_s` seconds ago, and all trace of them after `forget_s`.
 
         Request, outputs, result and events go first, and the job says `data_removed`; then the job itself, with its
-        idempotency key; settled deliveries, and the addresses that were disabled so long ago. Gives how many of the kind
-        of which there were most, `limit` at most: run it again while it is `limit`.
+        idempotency key; settled deliveries, and addresses that were disabled so long ago. Gives how many of the kind of
+        which there were most, `limit` at most: run it again while it is `limit`.
         """
         return await self._database.write(lambda c: reaping.prune(c, keep_s, forget_s, limit))
