@@ -46,11 +46,11 @@ class _Running:
     of_owner: Counter[str] = field(default_factory=Counter)
     suspected: set[str] = field(default_factory=set)
 
-    def add(self, row: Row[Any]) -> None:
-        self.of_model[row.model] += 1
-        self.of_owner[row.owner] += 1
-        if poison.is_suspect(row.deaths):
-            self.suspected.add(row.model)
+    def add(self, owner: str, model: str, deaths: int) -> None:
+        self.of_model[model] += 1
+        self.of_owner[owner] += 1
+        if poison.is_suspect(deaths):
+            self.suspected.add(model)
 
     def is_full(self, row: Row[Any]) -> bool:
         """Whether as many of the owner's jobs run as may beside this one."""
@@ -86,7 +86,7 @@ async def claim(
             room -= 1
         else:
             claims.append(await _take(journal, candidates[row.model], runner, lease_s))
-            running.add(row)
+            running.add(row.owner, row.model, row.deaths)
         unknown = {model for model, found in candidates.items() if model == row.model or found.row.owner == row.owner}
         candidates = {model: found for model, found in candidates.items() if model not in unknown}
     crowded = {held.job.model for held in claims if running.of_model[held.job.model] > 1}
@@ -106,7 +106,7 @@ async def _running(connection: AsyncConnection) -> _Running:
     """Counted here: to group them SQLite would read all jobs in the order of another index."""
     running = _Running()
     for row in await connection.execute(select(jobs.c.owner, jobs.c.model, jobs.c.deaths).where(LEASED)):
-        running.add(row)
+        running.add(row.owner, row.model, row.deaths)
     return running
 
 
@@ -153,7 +153,7 @@ async def _priorities(connection: AsyncConnection, model: str) -> AsyncGenerator
         priority = await connection.scalar(query.where(jobs.c.priority < priority))
 
 
-def _heads(lane: ColumnElement[bool]) -> Select[Any]:
+def _heads(lane: ColumnElement[bool]) -> Select[Any, Any, Any]:
     """Each owner in a lane, with `at_once` of the first job, in order of turns; the others' rows are not read.
 
     PostgreSQL's wiki calls the recursion a loose index scan: from each owner on to the next.

@@ -187,7 +187,7 @@ class Deadly(UpscalerRoute):
 
     asked = 0
 
-    async def _attempt(self, *_: Any) -> Any:
+    async def _attempt(self, *_: Any, **__: Any) -> Any:
         self.asked += 1
         raise ActorDiedError
 

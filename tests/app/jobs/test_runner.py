@@ -278,8 +278,8 @@ async def test_a_request_of_another_version_is_handed_back_for_a_runner_that_can
     store: JobStore, pictures: Folder, make: Maker, database: Database, kind: str
 ):
     job = await (submit if kind == "generate" else submit_upscale)(store, pictures)
-    request = job.request["request"]
-    await written(database, job, request=job.request | {"request": request | {"upscale": {"scale": 2.0, "depth": 1}}})
+    request = dict(job.request["request"]) | {"upscale": {"scale": 2.0, "depth": 1}}
+    await written(database, job, request={**job.request, "request": request})
     async with running(store, make):
         await until(lambda: store.get(job.id, None), lambda found: found.attempt > 2)
         await written(database, job, request=job.request)  # the other runner would have read it like this
@@ -291,8 +291,8 @@ async def test_a_request_that_no_version_reads_fails_in_the_end(
     store: JobStore, pictures: Folder, make: Maker, database: Database
 ):
     job = await submit(store, pictures)
-    strange = {"request": job.request | {"request": job.request["request"] | {"aura": 1}}}
-    await written(database, job, attempt=READINGS - 2, **strange)
+    strange = {**job.request, "request": {**job.request["request"], "aura": 1}}
+    await written(database, job, attempt=READINGS - 2, request=strange)
     async with running(store, make):
         done = await ended(store, job)
     assert (done.state, done.attempt) == (State.FAILED, READINGS)
@@ -430,8 +430,8 @@ class Deaf(JobStore):
 
     lost: tuple[Claim, ...] = ()
 
-    async def claim(self, *arguments: Any) -> tuple[Claim, ...]:
-        claims = await super().claim(*arguments)
+    async def claim(self, *arguments: Any, **options: Any) -> tuple[Claim, ...]:
+        claims = await super().claim(*arguments, **options)
         if claims and not self.lost:
             self.lost = claims
             raise Unavailable(1.0, "the database broke off during a commit")
