@@ -52,9 +52,9 @@ class _Running:
         if poison.is_suspect(deaths):
             self.suspected.add(model)
 
-    def is_full(self, row: Row[Any]) -> bool:
-        """Whether as many of the owner's jobs run as may beside this one."""
-        return row.at_once is not None and self.of_owner[row.owner] >= row.at_once
+    def is_full(self, owner: str, at_once: int | None) -> bool:
+        """Whether as many of the owner's jobs run as may."""
+        return at_once is not None and self.of_owner[owner] >= at_once
 
     def lets_in(self, row: Row[Any]) -> bool:
         """Whether the job may run beside those of its model."""
@@ -114,7 +114,7 @@ async def _candidate(journal: Journal, model: str, running: _Running) -> _Candid
     """The next job of a model, of nobody of whom enough run; none where it has to wait for what runs of the model."""
     by_turn = (jobs.c.priority.desc(), jobs.c.turn, jobs.c.start_by, jobs.c.id)
     found = await _next(journal, and_(QUEUED, jobs.c.model == model), *by_turn)
-    if found is not None and running.is_full(found.row):
+    if found is not None and running.is_full(found.row.owner, found.row.at_once):
         found = await _of_others(journal, model, running)
     return found if found is not None and running.lets_in(found.row) else None
 
@@ -136,10 +136,10 @@ async def _of_others(journal: Journal, model: str, running: _Running) -> _Candid
         async for priority in priorities:
             lane = and_(QUEUED, jobs.c.model == model, jobs.c.priority == priority)
             for head in (await journal.connection.execute(_heads(lane))).all():
-                if running.is_full(head):
+                if running.is_full(head.owner, head.at_once):
                     continue
                 found = await _next(journal, and_(lane, jobs.c.owner == head.owner), jobs.c.turn)
-                if found is not None and not running.is_full(found.row):
+                if found is not None and not running.is_full(found.row.owner, found.row.at_once):
                     return found
     return None
 
