@@ -53,6 +53,10 @@ class ReplicaDied(GenerationFailed):
     """The replica died while it worked on the request."""
 
 
+class NotRunning(GenerationFailed):
+    """What the request needs does not run at the moment."""
+
+
 class BudgetSpent(Overloaded):
     """This key has used up what it may have for now. Try again after `retry_after_s` seconds.
 

@@ -5,6 +5,7 @@ import contextvars
 import logging
 import os
 import random
+import secrets
 import socket
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -56,7 +57,9 @@ class JobRunner:
             keep_s=settings.keep_days * _DAY_S,
             forget_s=settings.forget_days * _DAY_S,
         )
-        self._runner = Runner(f"{socket.gethostname()}-{os.getpid()}", jobs, maker, pace)
+        # In a container the process after this one may have the same number.
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._runner = Runner(name, jobs, maker, pace)
         self._deliverer = Deliverer(Outbox(self._database), Fetcher(settings.fetch))
         self._working: tuple[asyncio.Task[None], ...] = ()
         self._keeping: tuple[asyncio.Task[None], ...] = ()

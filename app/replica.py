@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from app import endings
+from app.errors import ReplicaDied
 from app.events import Admitted, Ending, ReplicaEvent, Upscaled
 from app.origin import Needs, Origin, Origins
 from app.router import UpscalerRoute
@@ -156,6 +157,8 @@ class Chain:
                 larger = await self._enlarged(picture.data, request.upscale, text)
         except TimeoutError:
             event: Event = Failed(error=GenerationFailed("deadline", "enlarging the picture took too long"))
+        except ReplicaDied as death:  # others' requests are there too: this one has not been found guilty
+            event = Failed(error=GenerationFailed(death.reason, death.message))
         except HeliographError as error:
             event = Failed(error=error)
         except Exception as fault:  # nobody else would hear of it, and the request would never end

@@ -19,7 +19,7 @@ from ray.serve.request_router import ReplicaID
 from ray.util import list_named_actors
 
 from app import endings
-from app.errors import ReplicaDied
+from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.origin import Needs, Origin
 from app.running import Running
@@ -57,14 +57,14 @@ class Router:
         return await self._states.of(model)
 
     async def check_upscaler(self) -> None:
-        """Raises GenerationFailed where nothing enlarges: before a picture is drawn for it."""
+        """Raises NotRunning where nothing enlarges: before a picture is drawn for it."""
         await self._upscaler.check("; leave out `upscale` to draw without it")
 
     async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
-        """The encoded picture, enlarged, in that format."""
+        """The encoded picture, enlarged, in that format. Raises ReplicaDied where the last replica died too."""
         try:
             async with asyncio.timeout(self._request_timeout_s):
-                return await self._upscaler.upscale(picture, wanted, format)
+                return await self._upscaler.upscale(picture, wanted, format, attempts=self._attempts)
         except TimeoutError as late:
             raise GenerationFailed("deadline", "the picture was not enlarged in time") from late
 
@@ -167,7 +167,7 @@ class Router:
                 response.cancel()
 
     async def _handle(self, model: str) -> Any:
-        """The model's handle, made on first use. Raises GenerationFailed where nothing runs the model."""
+        """The model's handle, made on first use. Raises NotRunning where nothing runs the model."""
         state = await self._states.of(model)
         if state in ("missing", "failed"):
             self._handles.pop(model, None)
@@ -188,7 +188,7 @@ class UpscalerRoute:
         self._handle: Any = None
 
     async def check(self, way_out: str = "") -> None:
-        """Raises GenerationFailed, and names the way out, where nothing runs or wakes that enlarges."""
+        """Raises NotRunning, and names the way out, where nothing runs or wakes that enlarges."""
         state = await self._states.of_application(UPSCALER_APPLICATION)
         if state in ("missing", "failed"):
             self._handle = None
@@ -202,13 +202,13 @@ class UpscalerRoute:
         text: Mapping[str, str] | None = None,
         attempts: int = ATTEMPTS,
     ) -> Upscaled:
-        """The encoded picture, enlarged, in that format and with these texts in it."""
+        """The encoded picture, enlarged, in that format and with these texts in it. Raises ReplicaDied."""
         try:
             answer = await self._attempt(picture, wanted, format, text)
         except RayActorError as death:
             if attempts > 1:
                 return await self.upscale(picture, wanted, format, text, attempts - 1)
-            raise GenerationFailed(
+            raise ReplicaDied(
                 "replica_lost", "the upscaler died while it worked on the picture; send it again"
             ) from death
         if isinstance(answer, Failed):
@@ -292,9 +292,9 @@ def _end(_: Any, ending: Ending, id: str) -> bool:
     return endings.end(ending, id)
 
 
-def _unavailable(what: str, state: str, way_out: str = "") -> GenerationFailed:
+def _unavailable(what: str, state: str, way_out: str = "") -> NotRunning:
     why = "its application is not deployed" if state == "missing" else "it failed to start; see `serve status`"
-    return GenerationFailed("replica_lost", f"{what} does not run at the moment: {why}{way_out}")
+    return NotRunning("replica_lost", f"{what} does not run at the moment: {why}{way_out}")
 
 
 def _typed(fault: Exception, what: str) -> HeliographError:

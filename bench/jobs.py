@@ -1,4 +1,4 @@
-"""`python -m bench.jobs`: what looking at a job and the job store's methods cost with 10 and with 10,000 jobs waiting."""
+"""`python -m bench.jobs`: what a look at a job and the job store's methods cost with 10 and with 10,000 jobs waiting."""
 
 import asyncio
 import os
@@ -36,8 +36,11 @@ WARM_UP = 50
 LOOK = "GET /v1/jobs/{id}"
 
 
-async def fill(database: Database, count: int) -> None:
-    """Puts `count` queued jobs of several owners in at once, as so many submissions would have left them."""
+async def fill(database: Database, count: int, capped: int = 0) -> None:
+    """Puts `count` queued jobs of several owners in at once, as so many submissions would have left them.
+
+    The first `capped` of them are another owner's, who has all the first turns, and of whom one job at a time may run.
+    """
     store = JobStore(database, Bounds(waiting=2 * count + 2, per_owner=2 * count + 2))
     first = (await store.submit(NewJob(owner="owner-0", model="sd15", kind="generate", request={}))).job
     row = (await database.read(lambda c: c.execute(select(jobs).where(jobs.c.id == first.id)))).one()
@@ -45,6 +48,8 @@ async def fill(database: Database, count: int) -> None:
     for number in range(1, count):
         id = new_id(first.created_at, id)
         place = {"id": id, "owner": f"owner-{number % OWNERS}", "turn": number // OWNERS}
+        if number <= capped:
+            place |= {"owner": "capped", "turn": number - capped - 1, "at_once": 1}
         rows.append(dict(row._mapping) | place | {"request": {"prompt": "a red circle", "seed": number}})
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
@@ -83,12 +88,9 @@ async def gateway(url: str, folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
 
     def config(_: str) -> dict[str, Any]:
         shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
-        queue = next(one for one in shipped["applications"] if one["name"] == "gateway")["args"]["jobs"]
         served = one_model(shipped, {"max_rows": 2, "threads": 1})
-        next(one for one in served["applications"] if one["name"] == "gateway")["args"] |= {
-            "database": url,
-            "jobs": queue,
-        }
+        arguments = next(one for one in served["applications"] if one["name"] == "gateway")["args"]
+        arguments |= {"database": url, "jobs": {}}
         return served
 
     async with Serving(folder, config) as serving, httpx2.AsyncClient(base_url=serving.address, timeout=30) as client:
@@ -109,7 +111,8 @@ async def look(client: httpx2.AsyncClient, database: Database, rounds: int) -> l
 
 
 async def compare(url: str, rounds: int) -> dict[int, Seconds]:
-    """The measurements by how many jobs wait. Empties the table of jobs."""
+    """The measurements by how many jobs wait; the last with half of them an owner's who may run no more. Empties the
+    table of jobs."""
     database = Database(url)
     await database.migrate()
     found: dict[int, Seconds] = {}
@@ -120,6 +123,10 @@ async def compare(url: str, rounds: int) -> dict[int, Seconds]:
                 await fill(database, size)
                 looks = await look(client, database, rounds)
                 found[size] = {LOOK: looks} | await measure(database, rounds)
+                await database.write(lambda c: c.execute(delete(jobs)))
+                await fill(database, size, capped=size // 2)
+                await JobStore(database).claim("runner", ["sd15"], 1, 3600.0)
+                found[size]["claim past one who is full"] = (await measure(database, rounds))["claim"]
     await database.close()
     return found
 
@@ -147,7 +154,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=10)] = 500,
     publish: Annotated[bool, typer.Option("--publish", help="Also put the tables into bench/README.md.")] = False,
 ) -> None:
-    """Measure looking at a job through HTTP, and the job store itself, on SQLite and, where a URL is given, PostgreSQL."""
+    """Measure looks at jobs through HTTP, and the job store itself, on SQLite and, where a URL is given, PostgreSQL."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from bench.machine import Machine
 

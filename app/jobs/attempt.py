@@ -17,6 +17,10 @@ class Ended(Exception):
     """The attempt was ended from outside; `ending` of the attempt says how."""
 
 
+class NotNow(Exception):
+    """The job cannot be made here at the moment, which is no fault of its own: hand it back."""
+
+
 class Attempt:
     """Belongs to one event loop. `lease_s` is how long the claim was good for when it was made."""
 

@@ -1,22 +1,20 @@
 """How an attempt at a job goes on and ends. Each write is fenced by the attempt's number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, and_, exists, or_, select, update
+from sqlalchemy import Row, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.jobs.claiming import SUSPECT_DEATHS
+from app.jobs import poison
 from app.jobs.job import Claim, Heartbeat, Job, JobError, JobProgress, Stale
 from app.jobs.journal import Journal, Payload, job_of
 from app.jobs.reading import get
 from app.jobs.states import HELD, State
-from app.jobs.submission import first_turn
-from app.jobs.tables import BEREFT, LEASED, jobs
+from app.jobs.tables import LEASED, jobs
 
 MAX_FAILURES = 3  # attempts that may end with an error
-MAX_DEATHS = 3  # workers that may die with one job, the last while it was the only suspect
 
 
 async def cancel(connection: AsyncConnection, id: str, owner: str | None, payload: Payload) -> Job:
@@ -96,6 +94,16 @@ async def release(connection: AsyncConnection, claim: Claim, payload: Payload) -
     return await _back(journal, await _held(journal, claim), "released", None)
 
 
+async def hand_back(connection: AsyncConnection, runner: str, but: Collection[str], payload: Payload) -> list[Job]:
+    """What a runner holds without knowing."""
+    journal = await Journal.open(connection, payload)
+    held = and_(LEASED, jobs.c.runner == runner)
+    others = select(jobs.c.id).where(held, jobs.c.id.not_in(but))
+    query = select(jobs).where(held, jobs.c.id.in_(others)).order_by(jobs.c.id).with_for_update()
+    rows = (await connection.execute(query)).all()
+    return [await _back(journal, row, "released", None) for row in rows]
+
+
 async def expire(connection: AsyncConnection, claim: Claim, payload: Payload) -> Job:
     """What should stop anyway has thereby stopped."""
     journal = await Journal.open(connection, payload)
@@ -116,32 +124,19 @@ async def cancelled(connection: AsyncConnection, claim: Claim, payload: Payload)
 
 
 async def bury(journal: Journal, row: Row[Any], reason: str, error: JobError | None) -> Job:
-    """A worker died with this job: once may be chance, the second time it may have been another of its neighbours."""
+    """A worker died with this job."""
     deaths = row.deaths + 1
-    guilty = deaths >= MAX_DEATHS or (deaths >= SUSPECT_DEATHS and not await _another_is_suspect(journal, row))
-    if not guilty or row.state == State.CANCELLING:
+    if row.state == State.CANCELLING or not poison.is_poisoned(row):
         return await _back(journal, row, reason, error, deaths=deaths)
     poisoned = JobError(code="poisoned", message=f"{deaths} workers died while they ran this job")
     return await journal.move(row, State.FAILED, "poisoned", poisoned, deaths=deaths)
 
 
-async def _another_is_suspect(journal: Journal, row: Row[Any]) -> bool:
-    """Whether another job of the model has been there as often since this one began.
-
-    Of this last death such a job may have its share already, and may even be finished, or will have it in a moment.
-    """
-    lately = or_(jobs.c.finished_at.is_(None), jobs.c.finished_at >= row.started_at)
-    had, will_have = and_(jobs.c.deaths > row.deaths, lately), and_(LEASED, jobs.c.deaths >= row.deaths)
-    query = exists().where(BEREFT, jobs.c.model == row.model, jobs.c.id != row.id, or_(had, will_have))
-    return bool(await journal.connection.scalar(select(query)))
-
-
 async def _back(journal: Journal, row: Row[Any], reason: str, error: JobError | None, **changes: Any) -> Job:
-    """To the queue, with the turn that is being served; what should stop anyway has thereby stopped."""
+    """To the queue, with the turn it had; what should stop anyway has thereby stopped."""
     if row.state == State.CANCELLING:
         return await journal.move(row, State.CANCELLED, "cancelled", **changes)
-    turn = max(row.turn, await first_turn(journal.connection, row.model, row.priority))
-    return await journal.move(row, State.QUEUED, reason, error, turn=turn, **changes)
+    return await journal.move(row, State.QUEUED, reason, error, **changes)
 
 
 async def _held(journal: Journal, claim: Claim) -> Row[Any]:

@@ -7,7 +7,7 @@ import base64
 import secrets
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Text, and_, cast, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import clock, one_at_a_time
@@ -22,6 +22,8 @@ URL_CHARACTERS = 2048
 PER_OWNER = 1000  # addresses with secrets of their own
 
 Entries = list[dict[str, Any]]  # [{secret, until}], the newest first
+
+_BARE = cast(endpoints.c.secrets, Text) == "[]"
 
 
 async def secrets_for(connection: AsyncConnection, owner: str, url: str) -> tuple[str, ...]:
@@ -65,6 +67,12 @@ async def enable(connection: AsyncConnection, owner: str, url: str) -> None:
     here = and_(_at(owner, url), endpoints.c.disabled_at.is_not(None))
     if not (await connection.execute(update(endpoints).where(here).values(disabled_at=None))).rowcount:
         raise NotFound(f"no address {url!r} is disabled")
+    await connection.execute(delete(endpoints).where(_at(owner, url), _BARE))  # such a row says nothing any more
+
+
+async def forget(connection: AsyncConnection, before: float) -> None:
+    """Addresses that were disabled before that time; those with secrets of their own are their owners' to change."""
+    await connection.execute(delete(endpoints).where(_BARE, func.coalesce(endpoints.c.disabled_at, 0.0) < before))
 
 
 async def is_disabled(connection: AsyncConnection, owner: str, url: str) -> bool:

@@ -202,8 +202,9 @@ class JobEvent:
 
 @dataclass(frozen=True)
 class Reaped:
-    """What the reaper found: jobs queued again, ended (by id), and leases shortened after the clock was set back."""
+    """What the reaper found: jobs queued again, ended (by id), and how many leases begin anew: after the clock was set
+    back, and after the database was away."""
 
     queued: tuple[str, ...]
     ended: tuple[str, ...]
-    shortened: int
+    begun_anew: int

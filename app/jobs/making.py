@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from app.errors import RETRY_AFTER_S, NotRunning
 from app.events import Upscaled
 from app.jobs import canonical, inputs, outputs
-from app.jobs.attempt import Attempt
+from app.jobs.attempt import Attempt, NotNow
 from app.jobs.job import JobProgress
 from app.jobs.store import JobStore
 from app.keys.caller import Caller, Limits, current
 from app.stores.store import Store
-from models.errors import GenerationFailed, Overloaded, Unavailable
+from models.errors import GenerationFailed, InvalidRequest, Overloaded, Unavailable
 from models.events import Finished, Progress
 from models.images import ImageFormat
 from models.limits import DEADLINE_S
@@ -25,6 +26,7 @@ from models.request import EffectiveRequest
 T = TypeVar("T")
 
 DATABASE_PAUSE_S = 0.5
+READINGS = 40  # attempts to read a request that another version wrote: no update takes longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Patience:
     """With what is busy or away, in seconds.
 
     `store_s` are the pauses before a picture is put into the store again, which saves drawing it again; `busy_s` the
-    shortest and the longest pause before a busy model is asked again; `model_s` is how long that goes on.
+    shortest and the longest pause before a model that is busy or does not run is asked again; `model_s` is how long
+    that goes on before the job is handed back.
     """
 
     store_s: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -75,7 +78,7 @@ class Maker:
     async def __call__(self, attempt: Attempt) -> Mapping[str, Any]:
         """The result of the attempt's job; its pictures are told to the job one by one before that.
 
-        Raises Stale, and the errors of models/errors.py.
+        Raises Stale, NotNow, and the errors of models/errors.py.
         """
         owner = attempt.job.owner
         current.set(Caller(id=owner, name=owner, scopes=frozenset(), limits=Limits()))  # of this task alone
@@ -84,11 +87,12 @@ class Maker:
         while True:
             try:
                 return await made(attempt)
-            except Overloaded as busy:
+            except (Overloaded, NotRunning) as away:
                 if time.monotonic() >= until:
-                    raise
+                    raise NotNow from away
+                pause_s = away.retry_after_s if isinstance(away, Overloaded) else RETRY_AFTER_S
                 shortest, longest = self._patience.busy_s
-                await asyncio.sleep(min(max(busy.retry_after_s, shortest), longest))
+                await asyncio.sleep(min(max(pause_s, shortest), longest))
 
     async def _drawn(self, attempt: Attempt) -> Mapping[str, Any]:
         steps: dict[int, int] = {}
@@ -110,15 +114,26 @@ class Maker:
         """With its pictures, and with the time that is left of its deadline."""
         values = attempt.job.request["request"]
         pictures = await inputs.load(self._pictures, values)
-        request = canonical.from_json(values, pictures.__getitem__)
+        request = await self._read(attempt, lambda: canonical.from_json(values, pictures.__getitem__))
         left_s = attempt.left_s
         if left_s is not None and left_s <= 0:
             raise GenerationFailed("deadline", "the pictures were not finished in time")
         return replace(request, deadline_s=None if left_s is None else max(DEADLINE_S.low, left_s), preview_every=0)
 
+    async def _read(self, attempt: Attempt, reading: Callable[[], T]) -> T:
+        """The request. Where another version wrote it, as during an update, a runner of that version may read it."""
+        try:
+            return reading()
+        except (InvalidRequest, TypeError) as unknown:  # TypeError: a field of a part of the request
+            if attempt.claim.attempt < READINGS:
+                await asyncio.sleep(self._patience.busy_s[1])
+                raise NotNow from unknown
+            raise InvalidRequest("request", f"was written by another version: {unknown}") from unknown
+
     async def _enlarged(self, attempt: Attempt) -> Mapping[str, Any]:
         began = time.monotonic()
-        request = canonical.upscale_from_json(attempt.job.request["request"])
+        values = attempt.job.request["request"]
+        request = await self._read(attempt, lambda: canonical.upscale_from_json(values))
         picture = await self._pictures.get(request.key)
         upscaled = await self._enlarge(picture, request.upscale, request.output_format)
         await self._tell(attempt, partial(outputs.keep_upscaled, self._pictures, *_place(attempt), upscaled))

@@ -7,6 +7,7 @@ and those of one that is gone are queued again by the others when their leases h
 import asyncio
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from app.errors import ReplicaDied, is_retryable
-from app.jobs.attempt import Attempt, Ended
+from app.jobs.attempt import Attempt, Ended, NotNow
 from app.jobs.failures import FAULT, job_error
 from app.jobs.job import Claim, Job, Stale
 from app.jobs.store import JobStore
@@ -57,6 +58,8 @@ class Runner:
         self._pace = pace or Pace()
         self._models: tuple[str, ...] = ()
         self._attempts: dict[str, Attempt] = {}
+        self._unsure = False  # whether a claim may have happened whose answer was lost
+        self._reaped_at = time.monotonic()
         self._changed = asyncio.Event()  # there may be something to claim
         self._stopping = asyncio.Event()
 
@@ -92,11 +95,15 @@ class Runner:
         """As many as there is room for with each of the models that have room."""
         running = Counter(attempt.job.model for attempt in self._attempts.values())
         rooms = {model: room for model in self._models if (room := self._pace.at_once - running[model]) > 0}
-        if not rooms:
-            return ()
         try:
+            if self._unsure:
+                await self._jobs.hand_back(self._name, tuple(self._attempts))
+                self._unsure = False
+            if not rooms:
+                return ()
             return await self._jobs.claim(self._name, tuple(rooms), min(rooms.values()), self._pace.lease_s)
         except Unavailable as away:
+            self._unsure = True
             _log.warning("no jobs can be claimed: %s", away)
             await _within(self._pace.reap_s, self._stopping)
             return ()
@@ -128,6 +135,8 @@ class Runner:
             return partial(ends[attempt.ending], claim) if attempt.ending in ends else None
         except Stale:
             return None
+        except NotNow:
+            return partial(jobs.release, claim)
         except ReplicaDied as death:
             return partial(jobs.died, claim, job_error(death))
         except HeliographError as error:
@@ -152,15 +161,12 @@ class Runner:
             raise
 
     async def _every(self, pause_s: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Until the runner stops. While the database is away it is asked again after a lease: the heartbeats of other
-        runners come first then, or the reaper would take their jobs for lost."""
+        """Until the runner stops."""
         while not await _within(pause_s, self._stopping):
             try:
                 await work()
             except Unavailable as away:
                 _log.warning("the database is away: %s", away)
-                if work != self._beat:
-                    await _within(self._pace.lease_s, self._stopping)
 
     async def _beat(self) -> None:
         """Keeps the leases, tells the progress, and hears what is to end."""
@@ -176,13 +182,17 @@ class Runner:
                 attempt.end("cancelled")
 
     async def _reap(self) -> None:
-        reaped = await self._jobs.reap(REAPED_AT_ONCE)
-        if reaped.queued:
-            self._changed.set()
+        found = REAPED_AT_ONCE
+        while found >= REAPED_AT_ONCE:
+            reaped = await self._jobs.reap(REAPED_AT_ONCE, self._reaped_at)
+            self._reaped_at = time.monotonic()
+            found = len(reaped.queued) + len(reaped.ended)
+            if reaped.queued:
+                self._changed.set()
 
     async def _prune(self) -> None:
         touched = PRUNED_AT_ONCE
-        while touched == PRUNED_AT_ONCE:
+        while touched >= PRUNED_AT_ONCE:
             touched = await self._jobs.prune(self._pace.keep_s, self._pace.forget_s, PRUNED_AT_ONCE)
 
 

@@ -120,9 +120,8 @@ class JobStore:
         """Up to `limit` queued jobs of these models, each now running under `runner` for `lease_s` seconds.
 
         The highest priority first; within it owners take turns; of one owner's jobs the one that must start first.
-        Those that can no longer be finished in time become expired instead, EXPIRED_AT_ONCE in one call. A job that a
-        worker has died with is given out while no other such job of its model runs, so that each of them has to answer
-        for itself.
+        Those that can no longer be finished in time become expired instead, EXPIRED_AT_ONCE in one call. A job that two
+        workers have died with is given out while no other job of its model runs (poison.py).
         """
         return await self._database.write(lambda c: claiming.claim(c, runner, models, limit, lease_s, self._payload))
 
@@ -166,6 +165,10 @@ class JobStore:
         """Hands the job back, as a runner does that stops: queued again, in its old place. Raises Stale."""
         return await self._database.write(lambda c: attempts.release(c, claim, self._payload))
 
+    async def hand_back(self, runner: str, but: Collection[str]) -> Sequence[Job]:
+        """Releases what this runner holds except these (ids): of a claim that happened, though its answer was lost."""
+        return await self._database.write(lambda c: attempts.hand_back(c, runner, but, self._payload))
+
     async def expire(self, claim: Claim) -> Job:
         """The deadline passed while the runner worked on the job. Raises Stale."""
         return await self._database.write(lambda c: attempts.expire(c, claim, self._payload))
@@ -176,18 +179,20 @@ class JobStore:
 
     # For the loop that keeps house. Several may run at once.
 
-    async def reap(self, limit: int = 100) -> Reaped:
+    async def reap(self, limit: int = 100, since: float | None = None) -> Reaped:
         """Finds what nobody else can tell of: leases that ran out, deadlines that passed.
 
         A job whose lease ran out is queued again with one death more, or failed as `poisoned`. Run it
-        every few seconds, and again at once while it finds `limit` jobs.
+        every few seconds, and again at once while it finds `limit` jobs. `since` is when the caller's last reaping was
+        done (time.monotonic()): where that is long ago, nobody could renew a lease, and those that ran out begin anew.
         """
-        return await self._database.write(lambda c: reaping.reap(c, limit, self._payload))
+        return await self._database.write(lambda c: reaping.reap(c, limit, since, self._payload))
 
     async def prune(self, keep_s: float, forget_s: float, limit: int = 500) -> int:
         """Removes data of jobs that ended more than `keep_s` seconds ago, and all trace of them after `forget_s`.
 
         Request, outputs, result and events go first, and the job says `data_removed`; then the job itself, with its
-        idempotency key and its settled deliveries. Gives the number of jobs touched; run it again while it is `limit`.
+        idempotency key; settled deliveries, and addresses that were disabled so long ago. Gives how many of the kind of
+        which there were most, `limit` at most: run it again while it is `limit`.
         """
         return await self._database.write(lambda c: reaping.prune(c, keep_s, forget_s, limit))

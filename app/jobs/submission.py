@@ -13,7 +13,7 @@ from app.jobs.job import Idempotency, NewJob, Submission
 from app.jobs.journal import job_of, new_id, record
 from app.jobs.reading import get
 from app.jobs.states import State
-from app.jobs.tables import QUEUED, idempotency, jobs
+from app.jobs.tables import QUEUED, SERVED, idempotency, jobs
 from models.errors import InvalidRequest, Overloaded
 
 _AGAIN = (State.FAILED, State.CANCELLED, State.EXPIRED)
@@ -68,24 +68,17 @@ async def retry(
     return await submit(connection, new, key, bounds)
 
 
-async def first_turn(connection: AsyncConnection, model: str, priority: int) -> int:
-    """The turn that is being served: the lowest one waiting."""
-    query = select(jobs.c.turn).where(QUEUED, jobs.c.model == model, jobs.c.priority == priority)
-    return await connection.scalar(query.order_by(jobs.c.turn).limit(1)) or 0
-
-
-async def _next_turn(connection: AsyncConnection, new: NewJob) -> int:
+async def next_turn(connection: AsyncConnection, new: NewJob) -> int:
     """Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) with turns of one job each.
 
-    An owner's jobs take consecutive turns, the first of them the one that is being served; so a newcomer's first job
-    stands beside the first of somebody who has thousands waiting.
+    An owner's jobs take consecutive turns, the first of them the one after the highest that was had; so a newcomer's
+    first job stands beside the first of somebody who has thousands waiting, and behind what is handed back.
     """
-    mine = select(jobs.c.turn).where(
-        QUEUED, jobs.c.model == new.model, jobs.c.priority == new.priority, jobs.c.owner == new.owner
-    )
-    last = await connection.scalar(mine.order_by(jobs.c.turn.desc()).limit(1))
-    first = await first_turn(connection, new.model, new.priority)
-    return first if last is None else max(first, last + 1)
+    highest = select(jobs.c.turn).where(jobs.c.model == new.model, jobs.c.priority == new.priority)
+    highest = highest.order_by(jobs.c.turn.desc()).limit(1)
+    had = await connection.scalar(highest.where(SERVED))
+    mine = await connection.scalar(highest.where(QUEUED, jobs.c.owner == new.owner))
+    return 1 + max(-1 if had is None else had, -1 if mine is None else mine)
 
 
 async def earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> Submission | None:
@@ -123,7 +116,7 @@ async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]
         "inputs": new.inputs,
         "at_once": new.at_once,
         "priority": new.priority,
-        "turn": await _next_turn(connection, new),
+        "turn": await next_turn(connection, new),
         "start_by": math.inf if deadline_at is None else deadline_at - new.work,
         "deadline_at": deadline_at,
         "work": new.work,

@@ -21,7 +21,9 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     literal_column,
+    true,
 )
 
 from app.database import metadata
@@ -50,6 +52,8 @@ jobs = Table(
     Column("finished_at", Double),
     Column("attempt", Integer, nullable=False),
     Column("deaths", Integer, nullable=False),
+    # Whether others of the model run beside the attempt; of whoever has died before, the others' jobs may be guilty.
+    Column("accompanied", Boolean, nullable=False, server_default=true()),
     Column("failures", Integer, nullable=False),
     Column("runner", Text),
     Column("lease_s", Double),
@@ -116,7 +120,7 @@ deliveries = Table(
 QUEUED = jobs.c.state == literal_column(f"'{State.QUEUED}'")
 LEASED = jobs.c.lease_until.is_not(None)  # the states of HELD
 FINISHED = jobs.c.finished_at.is_not(None)
-BEREFT = jobs.c.deaths > literal_column("0")  # a worker died with it
+SERVED = and_(jobs.c.state != literal_column(f"'{State.QUEUED}'"), jobs.c.started_at.is_not(None))  # had their turns
 PENDING = deliveries.c.state == literal_column("'pending'")
 SETTLED = deliveries.c.finished_at.is_not(None)
 DEAD = deliveries.c.state == literal_column("'dead'")
@@ -130,10 +134,10 @@ Index("ix_jobs_owner", jobs.c.owner, jobs.c.id)
 _partial("ix_jobs_turn", QUEUED, jobs.c.model, jobs.c.priority.desc(), jobs.c.turn, jobs.c.start_by, jobs.c.id)
 _partial("ix_jobs_lane", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jobs.c.start_by, jobs.c.id)
 _partial("ix_jobs_ticket", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jobs.c.turn)
+_partial("ix_jobs_served", SERVED, jobs.c.model, jobs.c.priority, jobs.c.turn)
 _partial("ix_jobs_start_by", QUEUED, jobs.c.start_by)
 _partial("ix_jobs_waiting", QUEUED, jobs.c.owner, jobs.c.work)
 _partial("ix_jobs_leased", LEASED, jobs.c.lease_until)
-_partial("ix_jobs_bereft", BEREFT, jobs.c.model, jobs.c.deaths)
 _partial("ix_jobs_finished", FINISHED, jobs.c.data_removed, jobs.c.finished_at)
 _partial("ix_jobs_inputs", jobs.c.inputs.is_not(None), jobs.c.inputs)
 _partial("ix_deliveries_due", PENDING, deliveries.c.next_at)

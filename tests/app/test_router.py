@@ -11,10 +11,12 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from app import endings
+from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
 from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Finished, Progress
+from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, ORIGIN, TIMINGS
 
@@ -124,7 +126,7 @@ async def test_a_second_death_is_a_failure_that_may_be_retried(routed):
     ("fault", "kind"),
     [
         (BackPressureError(num_queued_requests=1, max_queued_requests=1), Overloaded),
-        (DeploymentUnavailableError(DeploymentID("Model", "model-sd15")), GenerationFailed),
+        (DeploymentUnavailableError(DeploymentID("Model", "model-sd15")), NotRunning),
     ],
 )
 async def test_serves_refusals_are_ours(routed, fault: Exception, kind: type[HeliographError]):
@@ -144,7 +146,7 @@ async def test_nothing_waits_for_ever(routed):
 @pytest.mark.parametrize("state", ["missing", "failed"])
 async def test_a_model_that_does_not_run_is_said_at_once(routed, state: str):
     router, handle = routed(state=state)
-    with pytest.raises(GenerationFailed, match="does not run"):
+    with pytest.raises(NotRunning, match="does not run"):
         await collect(router)
     assert not handle.requests
 
@@ -174,10 +176,29 @@ async def test_an_upscaler_that_does_not_run_is_known_without_asking_it(state: s
 
     router = Router(5.0)
     router._upscaler = UpscalerRoute(SimpleNamespace(of_application=of_application))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(GenerationFailed, match="the upscaler does not run at the moment") as failed:
+    with pytest.raises(NotRunning, match="the upscaler does not run at the moment") as failed:
         await router.check_upscaler()
     assert "leave out `upscale`" in failed.value.message
     assert failed.value.reason == "replica_lost"
+
+
+class Deadly(UpscalerRoute):
+    """The way to an upscaler whose replicas all die."""
+
+    asked = 0
+
+    async def _attempt(self, *_: Any, **__: Any) -> Any:
+        self.asked += 1
+        raise ActorDiedError
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_a_picture_that_kills_the_upscaler_kills_no_more_replicas_than_there_are_attempts(attempts: int):
+    router = Router(5.0, attempts)
+    router._upscaler = route = Deadly()
+    with pytest.raises(ReplicaDied):
+        await router.upscale(b"", Upscale(), "png")
+    assert route.asked == attempts
 
 
 class Replica:

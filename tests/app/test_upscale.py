@@ -344,7 +344,7 @@ async def test_an_upscaler_that_dies_is_asked_once_more():
     assert isinstance(event, Finished)
     [event] = await drained(CHAINED, Direct(replica, ActorDiedError(), ActorDiedError()), finished(0))
     assert isinstance(event, Failed)
-    assert isinstance(event.error, GenerationFailed)
+    assert type(event.error) is GenerationFailed  # no death of the request's own, which may be anybody's doing
     assert event.error.reason == "replica_lost"
     [event] = await drained(CHAINED, Direct(replica, ZeroDivisionError("x")), finished(0))
     assert event.error.reason == "engine_fault"  # a fault of ours ends the request too

@@ -1,4 +1,4 @@
-"""An index of the jobs that a worker died with; how many of its owner's jobs a job may run beside."""
+"""How many of its owner's jobs a job may run beside, whether it runs alone, and an index of the turns that were had."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,5 +9,8 @@ down_revision = "0004"
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("at_once", sa.BigInteger))
-    bereft = sa.text("deaths > 0")
-    op.create_index("ix_jobs_bereft", "jobs", ["model", "deaths"], sqlite_where=bereft, postgresql_where=bereft)
+    op.add_column("jobs", sa.Column("accompanied", sa.Boolean, nullable=False, server_default=sa.true()))
+    served = sa.text("state != 'queued' AND started_at IS NOT NULL")
+    op.create_index(
+        "ix_jobs_served", "jobs", ["model", "priority", "turn"], sqlite_where=served, postgresql_where=served
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
 from app.database import Database
-from app.jobs.attempts import MAX_DEATHS, MAX_FAILURES
+from app.jobs.attempts import MAX_FAILURES
 from app.jobs.job import Claim, Idempotency, Stale
 from app.jobs.states import HELD, TERMINAL, State
 from app.jobs.store import JobStore
@@ -32,7 +32,7 @@ class Expected:
     deaths: int = 0
     failures: int = 0
     lease: float = 0.0
-    started: int = 0  # the step of its first claim
+    company: frozenset[str] = frozenset()  # all that ever ran beside the present attempt
 
 
 class Jobs(RuleBasedStateMachine):
@@ -47,8 +47,6 @@ class Jobs(RuleBasedStateMachine):
         self.store = JobStore(self.database)
         self.jobs: dict[str, Expected] = {}
         self.ends: dict[str, State] = {}
-        self.step = 1
-        self.ended: dict[str, int] = {}  # in which step; what has ended in the present one is not there yet
         self.keys: dict[tuple[str, str], str] = {}
         for job in self.do(self.store.list(None, states=set(State) - TERMINAL)).jobs:  # an earlier example's
             self.do(self._end(job.id))
@@ -84,19 +82,24 @@ class Jobs(RuleBasedStateMachine):
                 job.state = State.EXPIRED
         for held in claims:
             job = self.jobs[held.id]
-            eligible = self.eligible()
-            assert job in eligible
-            assert job.priority == max(other.priority for other in eligible)
+            assert job in self.waiting()
+            assert job.priority == max(other.priority for other in self.waiting())
             job.state, job.attempt, job.lease = State.RUNNING, job.attempt + 1, LEASE_S
             assert held.attempt == job.attempt
-            job.started = job.started or self.step
-        assert len(claims) == limit or not self.eligible()
+            job.company = frozenset()
+            together = frozenset(id for id, other in self.jobs.items() if other.state in HELD)
+            for id in together:
+                self.jobs[id].company |= together - {id}
+            assert not any(self.jobs[id].company for id in together if self.jobs[id].deaths > 1)
+        assert len(claims) == limit or not self.waiting() or self.kept_back()
         return multiple(*claims)
 
-    def eligible(self) -> list[Expected]:
-        """What may be claimed next: of those with two deaths only one runs."""
-        suspect_runs = any(job.deaths > 1 and job.state in HELD for job in self.jobs.values())
-        return [job for job in self.waiting() if not (job.deaths > 1 and suspect_runs)]
+    def kept_back(self) -> bool:
+        """Whether a job that has to be alone runs, or may be the next and waits until nothing runs."""
+        running = [job for job in self.jobs.values() if job.state in HELD]
+        first = max(job.priority for job in self.waiting())
+        waits = any(job.deaths > 1 and job.priority == first for job in self.waiting())
+        return any(job.deaths > 1 for job in running) or bool(running and waits)
 
     def waiting(self) -> list[Expected]:
         return [job for job in self.jobs.values() if job.state is State.QUEUED]
@@ -182,11 +185,8 @@ class Jobs(RuleBasedStateMachine):
         return replace(job, state=State.CANCELLED if job.state is State.CANCELLING else State.QUEUED)
 
     def buried(self, job: Expected) -> Expected:
-        others = [(id, other) for id, other in self.jobs.items() if other is not job]
-        had = any(o.deaths > job.deaths and self.ended.get(id, self.step) >= job.started for id, o in others)
-        alike = had or any(other.deaths == job.deaths and other.state in HELD for _, other in others)
         job = replace(job, deaths=job.deaths + 1)
-        guilty = job.deaths == MAX_DEATHS or (job.deaths == 2 and not alike)
+        guilty = job.deaths > 1 and not job.company
         return replace(job, state=State.FAILED) if guilty and job.state is not State.CANCELLING else self.back(job)
 
     @invariant()
@@ -199,8 +199,6 @@ class Jobs(RuleBasedStateMachine):
             assert (job.result is not None) == (job.state is State.SUCCEEDED)
             if job.finished:
                 assert self.ends.setdefault(id, job.state) is job.state
-                self.ended.setdefault(id, self.step)
-        self.step += 1
 
     def teardown(self) -> None:
         """In the end the events tell the same: without gaps, and with one end at most."""

@@ -13,7 +13,7 @@ from app.jobs.states import State
 from app.jobs.store import JobStore
 from app.jobs.tables import jobs
 from bench.jobs import fill
-from tests.app.jobs.making import LEASE_S, claim, claim_one, new, pass_time, submit
+from tests.app.jobs.making import ERROR, LEASE_S, claim, claim_one, new, pass_time, submit
 
 CLAIMER = """
 import asyncio, sys
@@ -178,6 +178,49 @@ async def test_a_job_handed_back_does_not_put_newcomers_before_everybody(store: 
     assert owners(await claim(store, 4)) == "aaba"
 
 
+async def test_jobs_of_a_worker_that_died_are_the_next_ones_again(store: JobStore) -> None:
+    """The queue was empty when somebody else brought a thousand: they stand behind what runs."""
+    for _ in range(6):
+        await submit(store, owner="a")
+    for held in await claim(store, 3):
+        await store.succeed(held, {})
+    last = await claim(store, 3)
+    for _ in range(10):
+        await submit(store, owner="b")
+    for held in last:
+        await store.died(held, ERROR)
+    assert owners(await claim(store, 4)) == "aaab"
+
+
+async def test_who_may_run_no_more_puts_no_newcomer_before_everybody(store: JobStore) -> None:
+    """Ada's old turns wait while her jobs of another model run; the newcomer starts where the others are."""
+    await submit(store, owner="ada", model="sdxl", at_once=1)
+    (busy,) = await claim(store, models=("sdxl",))
+    for owner in ("ada", *["carl"] * 6):
+        await submit(store, owner=owner, at_once=1 if owner == "ada" else None)
+    for held in await claim(store, 3):
+        await store.succeed(held, {})
+    for _ in range(3):
+        await submit(store, owner="bob")
+    served = [held.job.owner for held in await claim(store, 4)]
+    assert set(served[:2]) == set(served[2:]) == {"bob", "carl"}
+    await store.succeed(busy, {})
+    assert (await claim_one(store)).job.owner == "ada"
+
+
+async def test_who_asks_for_one_at_a_time_gets_no_turn_twice(store: JobStore) -> None:
+    for _ in range(4):
+        await submit(store, owner="a")
+    served = ""
+    for _ in range(6):
+        if not (await store.list("b", states=[State.QUEUED])).jobs:
+            await submit(store, owner="b")
+        held = await claim_one(store)
+        served += held.job.owner
+        await store.succeed(held, {})
+    assert served == "ababab"
+
+
 async def test_claims_of_nothing_give_nothing(store: JobStore) -> None:
     assert await claim(store, 8) == []
     await store.submit(new())
@@ -195,6 +238,20 @@ async def test_no_more_jobs_of_an_owner_run_than_may_at_once(store: JobStore) ->
     assert await claim(store, 8, models) == []
     await store.succeed(next(held for held in first if held.job.owner == "ada"), {})
     assert owners(await claim(store, 8, models)) == "ada"
+
+
+async def test_past_one_of_whom_enough_run_the_highest_priority_and_the_lowest_turn_go_first(store: JobStore) -> None:
+    for _ in range(3):
+        await submit(store, "ada", priority=2, at_once=1)
+    for owner, priority in (("bob", 0), ("carl", 0), ("carl", 1), ("carl", 0), ("bob", 0), ("dora", 0)):
+        await submit(store, owner, priority=priority)
+    late, urgent = await submit(store, "bob"), await submit(store, "bob", deadline_s=1000.0)
+    claims = await claim(store, 20)
+    assert [held.job.owner for held in claims][:2] == ["ada", "carl"]
+    assert Counter(held.job.owner for held in claims[2:5]) == {"bob": 1, "carl": 1, "dora": 1}
+    assert Counter(held.job.owner for held in claims) == {"ada": 1, "bob": 4, "carl": 3, "dora": 1}
+    bobs = [held.id for held in claims if held.job.owner == "bob"]
+    assert (bobs[0], bobs[-1]) == (urgent.id, late.id)
 
 
 async def test_claims_at_once_keep_to_what_an_owner_may_have(store: JobStore) -> None:

@@ -8,11 +8,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import Database
-from app.jobs import attempts, claiming, reading, reaping
+from app.jobs import attempts, claiming, reading, reaping, submission
 from app.jobs.job import Claim, JobProgress
 from app.jobs.journal import thin_payload
 from bench.jobs import fill
-from tests.app.jobs.making import LEASE_S
+from tests.app.jobs.making import LEASE_S, new
 
 Work = Callable[[AsyncConnection, Claim], Awaitable[Any]]
 
@@ -26,7 +26,9 @@ WORKS: dict[str, Work] = {
     ),
     "succeed": lambda c, held: attempts.succeed(c, held, {}, thin_payload),
     "release": lambda c, held: attempts.release(c, held, thin_payload),
-    "reap": lambda c, _: reaping.reap(c, 100, thin_payload),
+    "hand back": lambda c, _: attempts.hand_back(c, "runner", [], thin_payload),
+    "reap": lambda c, _: reaping.reap(c, 100, None, thin_payload),
+    "turn": lambda c, _: submission.next_turn(c, new("owner-1")),
 }
 
 
@@ -75,11 +77,12 @@ async def sqlite_costs(database: Database) -> dict[str, int]:
     return {name: await database.write(lambda c, work=work: cost(c, work)) for name, work in WORKS.items()}
 
 
-async def test_no_cost_grows_with_the_queue(database: Database) -> None:
+@pytest.mark.parametrize("capped", [0.0, 0.5], ids=["", "half of it of one who is full"])
+async def test_no_cost_grows_with_the_queue(database: Database, capped: float) -> None:
     measure = postgresql_costs if database.dialect == "postgresql" else sqlite_costs
-    await fill(database, 300)
+    await fill(database, 300, int(capped * 300))
     few = await measure(database)
-    await fill(database, 10_000)
+    await fill(database, 10_000, int(capped * 10_000))
     many = await measure(database)
     assert all(few.values()), few
     grown = {name: (few[name], many[name]) for name in few if many[name] > 2 * few[name] + 10}

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from app.database import Database
 from app.jobs.endpoints import LONGEST_OVERLAP_S, PER_OWNER, SECRETS, URL_CHARACTERS
@@ -175,6 +175,34 @@ async def test_a_disabled_endpoint_gets_nothing_and_nothing_is_lost(store: JobSt
     for letter in letters:
         await outbox.replay(letter.id, "ada")
     assert len(await due(outbox)) == 3
+
+
+async def test_a_disabled_address_is_forgotten_in_time_unless_it_has_secrets(
+    store: JobStore, outbox: Outbox, database: Database
+) -> None:
+    bare, own = Webhook(url="https://example.com/bare"), Webhook(url="https://example.com/own")
+    await outbox.rotate("ada", own.url)
+    for webhook in (bare, own):
+        await finish(store, webhook)
+    for delivery in await due(outbox):
+        await outbox.disable(delivery, 410, "gone")
+    await store.prune(1000.0, 1000.0)
+    assert await _addresses(database) == {"", bare.url, own.url}
+    await store.prune(1000.0, -1.0)
+    assert await _addresses(database) == {"", own.url}
+
+
+async def test_an_address_that_is_enabled_again_counts_as_none(outbox: Outbox, store: JobStore, database: Database):
+    gone = Webhook(url="https://example.com/gone")
+    await finish(store, gone)
+    (delivery,) = await due(outbox)
+    await outbox.disable(delivery, 410, "gone")
+    await outbox.enable("ada", gone.url)
+    assert await _addresses(database) == {""}
+
+
+async def _addresses(database: Database) -> set[str]:
+    return set(await database.read(lambda c: c.scalars(select(endpoints.c.url))))
 
 
 async def test_a_receiver_with_many_deliveries_does_not_take_all_the_places(store: JobStore, outbox: Outbox) -> None:

@@ -1,15 +1,18 @@
 """What callers see: pages, places in the queue, events; and what is left after pruning."""
 
 import pytest
+from sqlalchemy import func, select
 
 from app.database import Database
 from app.jobs import journal, reading
 from app.jobs.job import JobProgress, Position
+from app.jobs.outbox import Outbox
 from app.jobs.states import State
 from app.jobs.store import JobStore
+from app.jobs.tables import deliveries
 from bench.jobs import fill
 from models.errors import InvalidRequest, NotFound
-from tests.app.jobs.making import ERROR, LEASE_S, claim, claim_one, pass_time, submit
+from tests.app.jobs.making import ERROR, HOOK, LEASE_S, claim, claim_one, pass_time, submit
 
 
 async def test_pages_are_newest_first_and_leave_out_nothing(store: JobStore) -> None:
@@ -185,6 +188,21 @@ async def test_pruning_does_a_bounded_part_at_a_time(store: JobStore, database: 
         await store.cancel((await submit(store)).id, "ada")
     await pass_time(database, 500.0)
     assert [await store.prune(100.0, 1000.0, limit=2) for _ in range(4)] == [2, 2, 1, 0]
+
+
+async def test_pruning_goes_on_while_there_is_more_of_any_kind(
+    store: JobStore, outbox: Outbox, database: Database
+) -> None:
+    """Of each job two deliveries: they outlast the jobs, and are pruned all the same."""
+    for _ in range(5):
+        await submit(store, webhook=HOOK)
+        await store.succeed(await claim_one(store), {})
+    for _ in range(5):
+        for delivery in await outbox.claim_due(4, 60.0):
+            await outbox.delivered(delivery, 200)
+    assert [await store.prune(-1.0, -1.0, limit=2) for _ in range(6)] == [2, 2, 2, 2, 2, 0]
+    left = await database.read(lambda c: c.scalar(select(func.count()).select_from(deliveries)))
+    assert (left, (await store.list(None)).jobs) == (0, ())
 
 
 async def test_a_job_without_its_request_is_not_tried_again(store: JobStore, database: Database) -> None:

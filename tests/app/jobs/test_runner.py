@@ -11,22 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from app.database import Database
-from app.errors import ReplicaDied
+from app.errors import NotRunning, ReplicaDied
 from app.job_runner import drawing
 from app.jobs import canonical, inputs
-from app.jobs.job import Job, NewJob, Webhook
-from app.jobs.making import Maker, Patience
+from app.jobs.job import Claim, Job, NewJob, Webhook
+from app.jobs.making import READINGS, Maker, Patience
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.states import State
 from app.jobs.store import JobStore
+from app.jobs.tables import jobs
 from app.service import Service
 from app.stores.folder import Folder
 from app.stores.links import Links
 from app.stores.store import StorageFull
-from models.errors import GenerationFailed, InvalidRequest, Overloaded, Unavailable
+from models.errors import GenerationFailed, HeliographError, InvalidRequest, Overloaded, Unavailable
 from models.images import Picture, encode
 from models.parts import Upscale
 from models.request import GenerationRequest
@@ -73,6 +75,14 @@ async def submit(
     return (
         await store.submit(NewJob(owner=owner, model=request.model, kind="generate", request=wanted, **options))
     ).job
+
+
+async def submit_upscale(store: JobStore, pictures: Folder) -> Job:
+    [key] = await inputs.keep_packed(pictures, "ab" * 16, [inputs.repacked(_png(), "image")])
+    wanted = canonical.UpscaleRequest(key=key, upscale=Upscale(scale=2.0, model="2x"), output_format="webp")
+    request = {"response": "url", "request": canonical.upscale_to_json(wanted)}
+    new = NewJob(owner="ada", model="upscaler", kind=canonical.UPSCALE, request=request)
+    return (await store.submit(new)).job
 
 
 async def ended(store: JobStore, job: Job, timeout_s: float = 10.0) -> Job:
@@ -126,12 +136,8 @@ async def test_input_pictures_come_back_as_they_were(
 
 
 async def test_a_picture_is_enlarged_as_a_job(store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter):
-    [key] = await inputs.keep_packed(pictures, "ab" * 16, [inputs.repacked(_png(), "image")])
-    wanted = canonical.UpscaleRequest(key=key, upscale=Upscale(scale=2.0, model="2x"), output_format="webp")
-    request = {"response": "url", "request": canonical.upscale_to_json(wanted)}
     async with running(store, make):
-        new = NewJob(owner="ada", model="upscaler", kind=canonical.UPSCALE, request=request)
-        done = await ended(store, (await store.submit(new)).job)
+        done = await ended(store, await submit_upscale(store, pictures))
     assert done.state is State.SUCCEEDED, done.error
     assert (done.outputs[0]["width"], done.outputs[0]["format"]) == (128, "webp")
     assert router.upscales == [Upscale(scale=2.0, model="2x")]
@@ -227,14 +233,71 @@ async def test_a_replica_that_dies_under_a_job_counts_as_its_death_and_the_secon
     assert done.error.code == "poisoned"
 
 
-async def test_a_model_that_does_not_run_is_no_death_of_the_jobs(
+async def test_a_picture_that_kills_the_upscaler_twice_is_poisoned(
     store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
 ):
-    router.refusal = GenerationFailed("replica_lost", "model sd15 does not run at the moment")
+    router.refusal = ReplicaDied("replica_lost", "the upscaler died")
+    async with running(store, make):
+        done = await ended(store, await submit_upscale(store, pictures))
+    assert (done.state, done.deaths, len(router.upscales)) == (State.FAILED, 2, 2)
+
+
+@pytest.mark.parametrize("away", [Overloaded(1.0), NotRunning("replica_lost", "model sd15 does not run at the moment")])
+async def test_a_model_that_is_busy_or_does_not_run_is_waited_for(
+    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter, away: HeliographError
+):
+    router.refusal = away
     async with running(store, make):
         job = await submit(store, pictures)
+        await until(lambda: asyncio.sleep(0, router.left), lambda left: left >= 4)
+        router.refusal = None
         done = await ended(store, job)
-    assert (done.state, done.deaths, done.failures) == (State.FAILED, 0, 3)
+    assert (done.state, done.attempt, done.failures, done.deaths) == (State.SUCCEEDED, 1, 0, 0)
+
+
+async def test_a_job_whose_model_stays_away_is_handed_back_and_keeps_its_place(
+    store: JobStore, pictures: Folder, service: Service, router: MemoryRouter
+):
+    router.refusal = NotRunning("replica_lost", "model sd15 does not run at the moment")
+    make = Maker(store, pictures, drawing(service), service.upscale, replace(PATIENCE, model_s=0.0))
+    async with running(store, make):
+        job = await submit(store, pictures)
+        await until(lambda: store.get(job.id, None), lambda found: found.attempt > 4)
+        router.refusal = None
+        done = await ended(store, job)
+    assert (done.state, done.failures, done.deaths) == (State.SUCCEEDED, 0, 0)
+    assert "queued: released" in await states(store, job)
+
+
+async def written(database: Database, job: Job, **values: Any) -> None:
+    await database.write(lambda c: c.execute(update(jobs).where(jobs.c.id == job.id).values(values)))
+
+
+@pytest.mark.parametrize("kind", ["generate", "upscale"])
+async def test_a_request_of_another_version_is_handed_back_for_a_runner_that_can_read_it(
+    store: JobStore, pictures: Folder, make: Maker, database: Database, kind: str
+):
+    job = await (submit if kind == "generate" else submit_upscale)(store, pictures)
+    request = dict(job.request["request"]) | {"upscale": {"scale": 2.0, "depth": 1}}
+    await written(database, job, request={**job.request, "request": request})
+    async with running(store, make):
+        await until(lambda: store.get(job.id, None), lambda found: found.attempt > 2)
+        await written(database, job, request=job.request)  # the other runner would have read it like this
+        done = await ended(store, job)
+    assert (done.state, done.failures) == (State.SUCCEEDED, 0)
+
+
+async def test_a_request_that_no_version_reads_fails_in_the_end(
+    store: JobStore, pictures: Folder, make: Maker, database: Database
+):
+    job = await submit(store, pictures)
+    strange = {**job.request, "request": {**job.request["request"], "aura": 1}}
+    await written(database, job, attempt=READINGS - 2, request=strange)
+    async with running(store, make):
+        done = await ended(store, job)
+    assert (done.state, done.attempt) == (State.FAILED, READINGS)
+    assert done.error is not None
+    assert "another version" in done.error.message
 
 
 async def test_an_error_that_mends_itself_costs_an_attempt(
@@ -276,16 +339,6 @@ async def test_a_mistake_of_ours_fails_the_job_and_the_runner_lives(store: JobSt
         unlucky = await submit(store, pictures, replace(DRAW, seed=13))
         assert (await ended(store, unlucky)).error.code == "internal_error"  # pyright: ignore[reportOptionalMemberAccess]
         assert (await ended(store, await submit(store, pictures))).state is State.SUCCEEDED
-
-
-async def test_a_busy_model_is_waited_for(store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter):
-    router.refusal = Overloaded(1.0)
-    async with running(store, make):
-        job = await submit(store, pictures)
-        await until(lambda: asyncio.sleep(0, router.left), lambda left: left >= 3)
-        router.refusal = None
-        done = await ended(store, job)
-    assert (done.state, done.attempt, done.failures) == (State.SUCCEEDED, 1, 0)
 
 
 async def test_a_running_job_past_its_deadline_is_expired(
@@ -370,6 +423,29 @@ async def test_while_the_database_is_away_drawing_goes_on_and_the_result_is_writ
         store.away = False
         done = await ended(store, job)
     assert (done.state, done.attempt, done.deaths) == (State.SUCCEEDED, 1, 0)
+
+
+class Deaf(JobStore):
+    """The first claim that gets something happens, and its answer is lost."""
+
+    lost: tuple[Claim, ...] = ()
+
+    async def claim(self, *arguments: Any, **options: Any) -> tuple[Claim, ...]:
+        claims = await super().claim(*arguments, **options)
+        if claims and not self.lost:
+            self.lost = claims
+            raise Unavailable(1.0, "the database broke off during a commit")
+        return claims
+
+
+async def test_jobs_of_a_claim_whose_answer_was_lost_are_handed_back(database: Database, pictures: Folder, make: Maker):
+    store = Deaf(database)
+    queued = [await submit(store, pictures) for _ in range(3)]
+    async with running(store, make):
+        done = [await ended(store, job) for job in queued]
+    assert store.lost
+    assert {(job.state, job.deaths) for job in done} == {(State.SUCCEEDED, 0)}
+    assert {"queued: released"} <= {*await states(store, done[0])}
 
 
 async def test_a_full_store_is_asked_again_and_nothing_is_drawn_anew(
