@@ -99,11 +99,12 @@ async def test_a_full_queue_costs_nothing_and_takes_no_pictures(house: House):
         together = await asyncio.gather(*(client.post("/v1/img2img", **FORM) for _ in range(3)))
         assert sorted(answer.status_code for answer in together) == [202, 429, 429]
         assert stored(house) == 1
-        for path, body in (
-            ("generate", {"json": DRAW}),
-            ("img2img", FORM),
-            ("upscale", FORM | {"data": {"async": "true"}}),
-        ):
+        bodies: dict[str, dict[str, Any]] = {
+            "generate": {"json": DRAW},
+            "img2img": FORM,
+            "upscale": FORM | {"data": {"async": "true"}},
+        }
+        for path, body in bodies.items():
             answer = await client.post(f"/v1/{path}", **body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert stored(house) == 1
