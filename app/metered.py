@@ -1,10 +1,11 @@
 """A router for callers: each has a budget, and nobody reaches another one's requests."""
 
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
-from app.events import Ending, ModelState, ReplicaEvent, Upscaled
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.keys.budgets import Budgets, pixel_steps
 from app.keys.caller import ANONYMOUS, Caller, current
 from app.origin import Needs, Origin
@@ -12,6 +13,8 @@ from app.service import Router
 from models.images import ImageFormat
 from models.parts import Upscale
 from models.request import EffectiveRequest
+
+GiveBack = Callable[[], Awaitable[None]]  # what was taken for work that nobody has begun
 
 
 class Metered:
@@ -21,16 +24,26 @@ class Metered:
         self._router, self._budgets = router, budgets
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
-        caller = current.get()
+        caller, taken = current.get(), False
         with self._budgets.slot(caller):
-            await self.charge(request)
-            async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
-                async for event in events:
-                    yield event
+            give_back = await self.charge(request)
+            try:
+                async with aclosing(self._router.generate(request, progress, _own(caller, id))) as events:
+                    async for event in events:
+                        taken = taken or isinstance(event, Admitted)
+                        yield event
+            finally:
+                if not taken:
+                    await give_back()
 
-    async def charge(self, request: EffectiveRequest) -> None:
-        """Takes what a request costs from the current caller's budget. Raises BudgetSpent, InvalidRequest."""
-        await self._budgets.charge(current.get(), "pixel_steps_per_minute", pixel_steps(request))
+    async def charge(self, request: EffectiveRequest) -> GiveBack:
+        """Takes what a request costs from the current caller's budget, and tells how to give it back.
+
+        Raises BudgetSpent, InvalidRequest.
+        """
+        caller, field, cost = current.get(), "pixel_steps_per_minute", pixel_steps(request)
+        charged = await self._budgets.charge(caller, field, cost)
+        return partial(self._budgets.give_back, caller, field, cost, charged)
 
     async def origin(self, model: str, needs: Needs) -> Origin | None:
         return await self._router.origin(model, needs)

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar, get_args
 
@@ -148,7 +148,7 @@ def _liking(kind: str, ranges: list[tuple[str, float]]) -> float:
     return 0.0
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+async def unless_disconnected(request: Request, work: Awaitable[Answer]) -> Answer:
     """Does the work while the client is there, and cancels it when the client goes.
 
     Serve cancels a handler whose client has gone too, unless a header that anyone may send asks it not to.

@@ -1,29 +1,41 @@
 """A request as a JSON document, and back. No torch.
 
-What stands in a picture's place is up to whoever writes the document, and so is finding the picture again.
+What stands in a picture's place is up to whoever writes the document, and so is finding the picture again. What a
+request says by default is left out, so a version with a new field writes documents that others can read as long as
+nobody uses the field, and the same as before; a default, therefore, never becomes another one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from models.errors import InvalidRequest
 from models.images import Picture
 from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
-from models.request import EffectiveRequest
+from models.request import EffectiveRequest, GenerationRequest
 
 _PICTURES = ("image", "mask")
-_PARTS: dict[str, Callable[..., Any]] = {"outpaint": Outpaint, "hires": Hires, "upscale": Upscale}
+_PARTS: dict[str, type[Any]] = {"outpaint": Outpaint, "hires": Hires, "upscale": Upscale}
+_OPEN = {field.name: field.default for field in fields(GenerationRequest)}  # an effective request's are placeholders
 
 
-def write(value: Any, name: Callable[[Picture], Any]) -> Any:
-    """A request, or a part of one, as JSON has it, with `name(picture)` in the place of each picture."""
+def write(value: Any, name: Callable[[Picture], Any], *, whole: bool = False) -> Any:
+    """A request, or a part of one, as JSON has it, with `name(picture)` in the place of each picture.
+
+    `whole` has the defaults in it too.
+    """
+    written = partial(write, name=name, whole=whole)
     if isinstance(value, Picture):
         return name(value)
     if is_dataclass(value):
-        return {field.name: write(getattr(value, field.name), name) for field in fields(value)}
+        defaults = {field.name: field.default for field in fields(value)}
+        if isinstance(value, GenerationRequest):
+            defaults |= _OPEN
+        values = {field: getattr(value, field) for field in defaults}
+        return {field: written(given) for field, given in values.items() if whole or given != defaults[field]}
     if isinstance(value, tuple | list):
-        return [write(item, name) for item in value]
+        return [written(item) for item in value]
     return value
 
 
@@ -33,17 +45,23 @@ def read(document: Mapping[str, Any], found: Callable[[Any], Picture]) -> Effect
     Raises InvalidRequest for a document of a version that knew other fields.
     """
     values = dict(document)
-    unknown = sorted(values.keys() - {field.name for field in fields(EffectiveRequest)})
-    if unknown:
-        raise InvalidRequest(unknown[0], "is no field of a request here: another version wrote it")
     for field in _PICTURES:
         values[field] = None if values.get(field) is None else found(values[field])
-    for field, part in _PARTS.items():
-        values[field] = None if values.get(field) is None else part(**values[field])
-    values["adapters"] = tuple(AdapterUse(**use) for use in values.get("adapters", ()))
-    controls = values.get("controls", ())
-    values["controls"] = tuple(ControlUse(**use | {"image": found(use["image"])}) for use in controls)
-    return EffectiveRequest(**values)
+    for field, kind in _PARTS.items():
+        values[field] = None if values.get(field) is None else made(kind, values[field], f"{field}.")
+    adapters, controls = values.get("adapters", ()), values.get("controls", ())
+    values["adapters"] = tuple(made(AdapterUse, use, f"adapters.{i}.") for i, use in enumerate(adapters))
+    controls = (use | {"image": found(use["image"])} for use in controls)
+    values["controls"] = tuple(made(ControlUse, use, f"controls.{i}.") for i, use in enumerate(controls))
+    return made(EffectiveRequest, values)
+
+
+def made(kind: type[Any], values: Mapping[str, Any], place: str = "") -> Any:
+    """The dataclass of these values. Raises InvalidRequest for a field that it has not, named with its place."""
+    unknown = sorted(values.keys() - {field.name for field in fields(kind)})
+    if unknown:
+        raise InvalidRequest(place + unknown[0], "is no field of a request here: another version wrote it")
+    return kind(**values)
 
 
 def pictures(request: EffectiveRequest) -> Iterator[Picture]:

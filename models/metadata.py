@@ -77,7 +77,7 @@ def read(encoded: bytes, field: str = "image") -> Metadata:
 
 
 def _described(request: EffectiveRequest) -> dict[str, Any]:
-    values = {name: value for name, value in plain(request, named).items() if name not in _ORDER}
+    values = {name: value for name, value in plain(request, named, whole=True).items() if name not in _ORDER}
     if request.task in ("txt2img", "upscale"):
         values["denoise_strength"] = None  # what a request without a picture to draw anew must not say
     return values

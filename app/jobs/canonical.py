@@ -1,7 +1,7 @@
 """What a job is to make, as the JSON of its row and back. Pictures are keys of stored objects, with their sizes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from models import document
@@ -44,13 +44,14 @@ def is_upscale(values: Mapping[str, Any]) -> bool:
 
 
 def upscale_to_json(request: UpscaleRequest) -> dict[str, Any]:
-    """The same for a picture to enlarge."""
-    return asdict(request)
+    """The same for a picture to enlarge, which is a key already."""
+    return document.write(request, lambda _: None)
 
 
 def upscale_from_json(values: Mapping[str, Any]) -> UpscaleRequest:
-    """The request that `upscale_to_json` wrote."""
-    return UpscaleRequest(**{**values, "upscale": Upscale(**values["upscale"])})
+    """The request that `upscale_to_json` wrote. Raises the same."""
+    upscale = document.made(Upscale, values["upscale"], "upscale.")
+    return document.made(UpscaleRequest, {**values, "upscale": upscale})
 
 
 def keys_of(values: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,18 @@
 """Errors that a job's row keeps, and the same errors told again to whoever asks for the result."""
 
-from app.errors import code_of, is_retryable
+from app.errors import RETRY_AFTER_S, code_of, is_retryable
 from app.jobs.job import Job, JobError
 from app.jobs.states import State
-from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, NotFound
+from app.stores.store import StorageFull
+from models.errors import (
+    Cancelled,
+    GenerationFailed,
+    HeliographError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 
 FAULT = JobError(code="internal_error", message="Heliograph made a mistake; its log has the details")
 
@@ -27,5 +36,13 @@ def ended_by(job: Job) -> HeliographError:
             return InvalidRequest(job.error.field or "request", job.error.message)
         case "not_found":
             return NotFound(job.error.message)
+        case "cancelled":
+            return Cancelled(job.error.message)
+        case "overloaded":
+            return Overloaded(RETRY_AFTER_S, job.error.message)
+        case "storage_full":
+            return StorageFull(RETRY_AFTER_S, job.error.message)
+        case "unavailable":
+            return Unavailable(RETRY_AFTER_S, job.error.message)
         case reason:
             return GenerationFailed(reason, job.error.message)

@@ -6,14 +6,16 @@ What is stored is packed anew: no byte of an upload is kept.
 import asyncio
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from app.jobs.canonical import keys_of
-from app.stores.store import Store
+from app.stores.store import StorageFull, Store
 from models import png
 from models.decoding import decoded
+from models.errors import Unavailable
 from models.images import Picture
 
 FOLDER = "inputs"
@@ -34,9 +36,19 @@ async def keep(store: Store, folder: str, pictures: Iterable[Picture]) -> dict[P
 async def keep_packed(store: Store, folder: str, pngs: Sequence[bytes]) -> list[str]:
     """The same for pictures that are PNG already."""
     keys = [f"{FOLDER}/{folder}/{i}" for i in range(len(pngs))]
-    for key, data in zip(keys, pngs, strict=True):
-        await store.put(key, data, "image/png")
+    try:
+        for key, data in zip(keys, pngs, strict=True):
+            await store.put(key, data, "image/png")
+    except StorageFull:
+        await drop(store, keys)
+        raise
     return keys
+
+
+async def drop(store: Store, keys: Iterable[str]) -> None:
+    """Deletes pictures of which no job came. What the store does not delete now, its sweep finds."""
+    with suppress(Unavailable):
+        await asyncio.gather(*(store.delete(key) for key in keys))
 
 
 async def load(store: Store, request: Mapping[str, Any]) -> dict[str, Picture]:

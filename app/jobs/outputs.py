@@ -23,7 +23,7 @@ async def keep(store: Store, job_id: str, attempt: int, picture: Finished) -> di
     stored = await store.put(key, picture.data, MEDIA_TYPES[picture.format])
     known = {field.name: getattr(picture, field.name) for field in fields(picture) if field.name != "data"}
     known |= {"timings": vars(picture.timings), "prompts": {name: vars(r) for name, r in picture.prompts.items()}}
-    known |= {"warnings": list(picture.warnings), "url": await store.url(key, LONGEST_EXPIRY_S)}
+    known |= {"warnings": list(picture.warnings), "url": await store.sign(key, LONGEST_EXPIRY_S)}
     return known | {"key": key, "sha256": stored.sha256, "bytes": stored.bytes}
 
 
@@ -42,5 +42,5 @@ async def keep_upscaled(store: Store, job_id: str, attempt: int, picture: Upscal
     stored = await store.put(key, picture.data, MEDIA_TYPES[picture.format])
     size = {"width": picture.width, "height": picture.height}
     known = {"index": 0, "seed": None, "format": picture.format, "model": picture.model}
-    known |= {"url": await store.url(key, LONGEST_EXPIRY_S)}
+    known |= {"url": await store.sign(key, LONGEST_EXPIRY_S)}
     return known | size | {"key": key, "sha256": stored.sha256, "bytes": stored.bytes}

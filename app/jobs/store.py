@@ -59,6 +59,10 @@ class JobStore:
         """
         return await self._database.read(lambda c: submission.earlier(c, owner, idempotency))
 
+    async def check_room(self, owner: str) -> None:
+        """Raises Overloaded where `submit` would, as things stand: before anything is stored for a job."""
+        await self._database.read(lambda c: submission.check_room(c, owner, self._bounds))
+
     async def get(self, id: str, owner: str | None) -> Job:
         """One job. Raises NotFound."""
         return await self._database.read(lambda c: reading.get(c, id, owner))

@@ -33,8 +33,7 @@ async def submit(connection: AsyncConnection, new: NewJob, key: Idempotency | No
     await one_at_a_time(connection, "submit")
     if key is not None and (known := await earlier(connection, new.owner, key)) is not None:
         return known
-    await _check_bound(connection, true(), bounds.waiting, "jobs wait already")
-    await _check_bound(connection, jobs.c.owner == new.owner, bounds.per_owner, "jobs of this caller wait already")
+    await check_room(connection, new.owner, bounds)
     values = await _values(connection, new)
     row = (await connection.execute(insert(jobs).values(values).returning(jobs))).one()
     await record(connection, row, "state", {"state": row.state, "attempt": 0, "reason": "submitted"}, row.created_at)
@@ -92,6 +91,12 @@ async def earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> 
     if known.fingerprint != key.fingerprint:
         raise InvalidRequest("Idempotency-Key", "was used for another body; take a new key for a new request")
     return Submission(await get(connection, known.job_id, None), replayed=True)
+
+
+async def check_room(connection: AsyncConnection, owner: str, bounds: Bounds) -> None:
+    """Raises Overloaded where as many jobs wait as may."""
+    await _check_bound(connection, true(), bounds.waiting, "jobs wait already")
+    await _check_bound(connection, jobs.c.owner == owner, bounds.per_owner, "jobs of this caller wait already")
 
 
 async def _check_bound(connection: AsyncConnection, whose: ColumnElement[bool], bound: int, what: str) -> None:

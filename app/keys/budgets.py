@@ -1,7 +1,7 @@
 """How much of their limits callers have used: requests and pixel-steps in a minute, jobs at a time.
 
-A minute begins with the caller's first request in it. What does not fit is refused and not charged. The counts are in
-this process's memory, so a caller of N gateways has N times as much.
+A minute begins with the caller's first request in it. What does not fit is refused and not charged; what was charged
+for nothing is given back. The counts are in this process's memory, so a caller of N gateways has N times as much.
 """
 
 import asyncio
@@ -22,24 +22,27 @@ from models.errors import InvalidRequest
 from models.request import EffectiveRequest
 
 SLOT_RETRY_AFTER_S = 1.0
+MINUTE_S = 60.0
 
 PerMinute = Literal["requests_per_minute", "pixel_steps_per_minute"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allowance:
-    """What is left of a limit, and in how many seconds there is all of it again."""
+    """What is left of a limit, and in how many seconds there is all of it again; `ends_at` names the minute."""
 
     limit: int
     remaining: int
     reset_s: float
+    ends_at: float
 
 
 class Budgets:
     """What each caller has used, by the caller's id. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._windows = FixedWindowRateLimiter(MemoryStorage())
+        self._counts = MemoryStorage()
+        self._windows = FixedWindowRateLimiter(self._counts)
         self._running: Counter[str] = Counter()
         self._lock = asyncio.Lock()
 
@@ -55,6 +58,9 @@ class Budgets:
             raise InvalidRequest(field, f"of this key is {limit}; this request alone needs {cost}")
         item, names = RateLimitItemPerMinute(limit), (field, caller.id)
         async with self._lock:  # between looking and taking, nobody else takes
+            stats = await self._windows.get_window_stats(item, *names)
+            if stats.reset_time - time.time() > MINUTE_S:  # the clock, by which minutes end, was set back
+                await self._windows.clear(item, *names)
             enough = await self._windows.test(item, *names, cost=cost)
             if enough:
                 await self._windows.hit(item, *names, cost=cost)
@@ -63,7 +69,17 @@ class Budgets:
         if not enough:
             message = f"{field} of this key is {limit}, of which {stats.remaining} are left; this request needs {cost}"
             raise BudgetSpent(reset_s, message, field, limit, stats.remaining)
-        return Allowance(limit=limit, remaining=stats.remaining, reset_s=reset_s)
+        return Allowance(limit=limit, remaining=stats.remaining, reset_s=reset_s, ends_at=stats.reset_time)
+
+    async def give_back(self, caller: Caller, field: PerMinute, cost: int, charged: Allowance | None) -> None:
+        """Undoes a charge, by what it told; nothing where its minute is over."""
+        if charged is None:
+            return
+        item, names = RateLimitItemPerMinute(charged.limit), (field, caller.id)
+        async with self._lock:
+            stats = await self._windows.get_window_stats(item, *names)
+            if stats.reset_time == charged.ends_at:
+                await self._counts.decr(item.key_for(*names), cost)
 
     @contextmanager
     def slot(self, caller: Caller) -> Iterator[None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from models.errors import InvalidRequest
 
-# generate: have pictures made; jobs: see and end one's own jobs; admin: what concerns everybody.
+# generate: have pictures made; jobs: see and end one's own jobs; admin: with `jobs`, everybody's.
 SCOPES = ("generate", "jobs", "admin")
 LIMIT_AT_MOST = 10**15
 

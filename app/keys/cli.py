@@ -25,7 +25,7 @@ DEFAULT_CONFIG = Path("serve_config.yaml")
 @keys_app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, for the list.")],
-    scope: Annotated[list[str], typer.Option(help="generate, jobs or admin; may be given again.")] = ["generate"],  # noqa: B006
+    scope: Annotated[list[str], typer.Option(help="generate, jobs, admin (with jobs); again for more.")] = ["generate"],  # noqa: B006
     expires_days: Annotated[float | None, typer.Option(help="Never, unless said.")] = None,
     requests_per_minute: int | None = None,
     pixel_steps_per_minute: Annotated[int | None, typer.Option(help="Width x height x steps x pictures.")] = None,

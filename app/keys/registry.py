@@ -160,6 +160,8 @@ def _check(name: str, scopes: tuple[str, ...], lasts_s: float | None) -> None:
         raise InvalidRequest("name", "must have 1 to 100 printable characters")
     if not scopes or not set(scopes) <= set(SCOPES):
         raise InvalidRequest("scopes", f"must be one or more of {', '.join(SCOPES)}")
+    if "admin" in scopes and "jobs" not in scopes:
+        raise InvalidRequest("scopes", "`admin` needs `jobs` beside it, which it widens to the jobs of all callers")
     if lasts_s is not None:
         _check_seconds("expires", lasts_s, 1)
 

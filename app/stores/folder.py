@@ -67,8 +67,13 @@ class Folder:
                 yield key
 
     async def url(self, key: str, expires_s: int) -> str:
-        store.check_expiry(expires_s)
+        address = await self.sign(key, expires_s)
         await self.head(key)
+        return address
+
+    async def sign(self, key: str, expires_s: int) -> str:
+        store.check_key(key)
+        store.check_expiry(expires_s)
         return self._links.url(key, expires_s)
 
     def _write(self, wanted: StoredObject, data: bytes) -> None:

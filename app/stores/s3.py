@@ -99,8 +99,13 @@ class S3:
                     yield found["path"]
 
     async def url(self, key: str, expires_s: int) -> str:
-        store.check_expiry(expires_s)
+        address = await self.sign(key, expires_s)
         await self.head(key)
+        return address
+
+    async def sign(self, key: str, expires_s: int) -> str:
+        store.check_key(key)
+        store.check_expiry(expires_s)
         return await self._answered(obstore.sign_async(self._bucket, "GET", key, timedelta(seconds=expires_s)), key)
 
     async def _upload(self, wanted: StoredObject, data: bytes) -> None:

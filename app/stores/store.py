@@ -98,6 +98,10 @@ class Store(Protocol):
         """
         ...
 
+    async def sign(self, key: str, expires_s: int) -> str:
+        """The same without a look at the place: for an object that is known to have been put, and may be gone."""
+        ...
+
 
 def describe(key: str, data: bytes, content_type: str) -> StoredObject:
     """What there will be to know of an object. Raises InvalidRequest for what no store takes."""

@@ -1,7 +1,7 @@
 """Which requests draw the same, and how those at the same time are drawn once."""
 
 import asyncio
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -132,6 +132,18 @@ async def test_who_leads_and_is_cancelled_takes_nobody_along():
     assert sorted(joined for _, joined in await asyncio.gather(*others)) == [False, True, True, True]
     assert first.cancelled()
     assert work.begun == 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(EffectiveRequest):
+    """A request as it may look one day."""
+
+    fraction: float = 0.5
+
+
+def test_a_field_that_is_yet_to_come_leaves_fingerprints_what_they_are():
+    assert fingerprint(Later(**vars(PLAIN))) == fingerprint(PLAIN)
+    assert fingerprint(Later(**vars(PLAIN), fraction=0.25)) != fingerprint(PLAIN)
 
 
 async def test_who_follows_and_is_cancelled_is_alone_in_that():

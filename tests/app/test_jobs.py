@@ -12,14 +12,20 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import update
 from standardwebhooks.webhooks import Webhook as Verifier
+from starlette.requests import Request
 
 from app import ingress, stores
 from app.auth import Guard
 from app.database import Database
-from app.dialects.native import payload
+from app.dialects.native import GenerateBody, payload, submission
+from app.dialects.native.jobs import _events
+from app.errors import envelope, status_of
 from app.fetch import Fetcher
 from app.job_runner import drawing
+from app.jobs import failures, tables
+from app.jobs.job import JobEvent, NewJob
 from app.jobs.making import Maker
 from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
@@ -33,9 +39,18 @@ from app.results import results
 from app.secret import derive, read_or_make
 from app.service import Service
 from app.settings import FetchSettings, FolderSettings, GatewaySettings, QueueSettings
+from app.stores.store import StorageFull
 from app.webhooks.deliverer import Deliverer
 from models.card import ModelCard
-from models.errors import GenerationFailed
+from models.errors import (
+    Cancelled,
+    GenerationFailed,
+    HeliographError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from models.images import encode
 from tests.app.conftest import CARDS, UPSCALER, MemoryRouter
 from tests.app.loopback import always, serving, until
@@ -60,7 +75,7 @@ class House:
         self.folder = folder
         self.database = Database(f"sqlite:///{folder / 'jobs.db'}")
         self.router, self.store = router, JobStore(self.database, Bounds(waiting=20, per_owner=10), payload)
-        self.keys = Keys(self.database, b"p" * 32)
+        self.keys, self.budgets = Keys(self.database, b"p" * 32), Budgets()
         kept = FolderSettings(path=str(folder / "pictures"))
         settings = GatewaySettings(
             auth="keys" if keyed else "open",
@@ -70,18 +85,20 @@ class House:
             max_body_bytes=100_000,
         )
         pictures = stores.opened(kept, derive(read_or_make(folder / "secret"), "pictures"))
-        budgets = Budgets()
-        metered = Metered(router, budgets)
+        metered = Metered(router, self.budgets)
         fetcher, outbox = Fetcher(fetch or FetchSettings()), Outbox(self.database)
-        jobs = Jobs(self.store, pictures, metered.charge, fetcher.address)
+        self.behind = pictures, metered.charge, fetcher.address
+        jobs = Jobs(self.store, *self.behind)
         self.deliverer = Deliverer(outbox, fetcher)
         drawn = results.opened(settings, self.database) if keeps else None
-        service, behind = Service(metered, None, drawn, jobs, outbox), Service(router, None, drawn)
-        for one in (service, behind):
+        service, runners = Service(metered, None, drawn, jobs, outbox), Service(router, None, drawn)
+        for one in (service, runners):
             one.offer(CARDS | {"x4": X4}, "sd15", lambda: (), UPSCALER)
-        guard = Guard("keys", self.keys, budgets) if keyed else None
+        guard = Guard("keys", self.keys, self.budgets) if keyed else None
         self.app = ingress.build(service, settings, lambda: asyncio.sleep(0, None), guard)
-        self.runner = Runner("runner-1", self.store, Maker(self.store, pictures, drawing(behind), behind.upscale), PACE)
+        self.runner = Runner(
+            "runner-1", self.store, Maker(self.store, pictures, drawing(runners), runners.upscale), PACE
+        )
 
     def client(self, key: str = "") -> httpx2.AsyncClient:
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
@@ -184,8 +201,16 @@ async def test_a_job_can_answer_in_base64(house: House, client: httpx2.AsyncClie
 async def test_prefer_answers_with_the_job_as_it_stands_when_the_time_is_over(client: httpx2.AsyncClient):
     answer = await client.post("/v1/generate", json=DRAW, headers={"prefer": "respond-async, wait=1"})
     assert (answer.status_code, answer.json()["status"]) == (202, "queued")
+
+
+async def test_a_wait_that_is_none_makes_no_job(client: httpx2.AsyncClient):
     for wrong in ("wait=0", "wait=61"):
         refused(await client.post("/v1/generate", json=DRAW, headers={"prefer": wrong}), 422, "Prefer")
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+    id = (await client.post("/v1/generate", json=DRAW)).json()["job_id"]
+    await client.post(f"/v1/jobs/{id}/cancel")
+    refused(await client.post(f"/v1/jobs/{id}/retry", headers={"prefer": "wait=0"}), 422, "Prefer")
+    assert [job["job_id"] for job in (await client.get("/v1/jobs")).json()["jobs"]] == [id]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +249,8 @@ async def test_fields_of_a_job_that_go_nowhere_are_refused(client: httpx2.AsyncC
     refused(await client.get("/v1/jobs?colour=red"), 422, "colour")
     refused(await client.get("/v1/jobs?status=done"), 422, "status")
     refused(await client.get("/v1/jobs?limit=x"), 422, "limit")
+    for name in ("status", "model", "kind", "cursor", "limit"):
+        refused(await client.get(f"/v1/jobs?{name}=%00"), 422, name)
     assert (await client.post("/v1/generate", json=DRAW, headers={"accept": "image/png"})).status_code == 406
 
 
@@ -396,6 +423,8 @@ async def test_a_synchronous_error_is_given_again(house: House, client: httpx2.A
     body, headers = {"prompt": "a red circle", "steps": 2}, {"idempotency-key": "order 7"}
     answers = [await client.post("/v1/generate", json=body, headers=headers) for _ in range(2)]
     assert {(a.status_code, a.json()["error"]["code"]) for a in answers} == {(500, "nan_latents")}
+    assert answers[0].json() == answers[1].json()
+    assert ["idempotency-replayed" in answer.headers for answer in answers] == [False, True]
     assert len(router.requests) == 1
     refused(await client.post("/v1/generate", json=body | {"stream": True}, headers=headers), 422, "Idempotency-Key")
 
@@ -426,6 +455,137 @@ async def test_transparency_outlives_the_queue(house: House, client: httpx2.Asyn
     assert Image.open(io.BytesIO(seen[0])).getpixel((3, 3)) == (9, 9, 9, 40)
 
 
+async def test_a_second_try_is_given_again_after_the_first_jobs_data_is_removed(
+    house: House, client: httpx2.AsyncClient
+):
+    id = (await client.post("/v1/generate", json=DRAW)).json()["job_id"]
+    await client.post(f"/v1/jobs/{id}/cancel")
+    path, headers = f"/v1/jobs/{id}/retry", {"idempotency-key": "order 9"}
+    again = await client.post(path, headers=headers)
+    await house.store.prune(keep_s=-1.0, forget_s=1000.0)
+    refused(await client.post(path), 422, "id")
+    replayed = await client.post(path, headers=headers)
+    assert (replayed.status_code, replayed.headers["idempotency-replayed"]) == (202, "true")
+    assert replayed.json()["job_id"] == again.json()["job_id"] != id
+
+
+def test_a_field_that_is_yet_to_come_leaves_a_key_what_it_is():
+    class Later(GenerateBody):
+        style: str = "plain"
+
+    def fingerprint(body: GenerateBody) -> str:
+        headers = [(b"idempotency-key", b"order 10")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": headers, "query_string": b""}
+        wanted = submission.delivery(Request(scope), body, "application/json")
+        assert wanted
+        assert wanted.idempotency
+        return wanted.idempotency.fingerprint
+
+    said = {"prompt": "x", "hires": {"scale": 1.5}}
+    first = fingerprint(GenerateBody.model_validate(said))
+    assert fingerprint(Later.model_validate(said)) == first
+    assert fingerprint(Later.model_validate(said | {"style": "cubist"})) != first
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Overloaded(9, "too much waits"),
+        Unavailable(9, "the store is away"),
+        StorageFull(9, "the disk is full"),
+        Cancelled("somebody ended it"),
+        InvalidRequest("steps", "is too large"),
+        NotFound("no such model"),
+        GenerationFailed("out_of_memory", "too large for the device"),
+        GenerationFailed("nan_latents", "not a number"),
+    ],
+)
+async def test_an_error_that_ended_a_job_is_told_as_it_would_have_been_at_once(house: House, error: HeliographError):
+    new = NewJob(owner="ada", model="none", kind="generate", request={})
+    await house.store.submit(new)
+    [claim] = await house.store.claim("runner-2", ["none"], 1, 30.0)
+    told = failures.ended_by(await house.store.fail(claim, failures.job_error(error), retry=False))
+    assert (envelope(told), status_of(told)) == (envelope(error), status_of(error))
+
+
+async def test_a_replay_of_a_receipt_takes_no_key(client: httpx2.AsyncClient):
+    answer = await client.post("/v1/replay", json={"receipt_id": "0" * 32}, headers={"idempotency-key": "order 11"})
+    refused(answer, 422, "Idempotency-Key")
+
+
+async def test_jobs_are_told_while_the_store_is_away(house: House, client: httpx2.AsyncClient):
+    house.work()
+    bodies = [DRAW, DRAW | {"response": "base64"}]
+    ids = [(await client.post("/v1/generate", json=body)).json()["job_id"] for body in bodies]
+    [done, _] = [await finished(client, id) for id in ids]
+    house.runner.offer(())
+    waiting = (await client.post("/v1/generate", json=DRAW)).json()["job_id"]
+    results = house.folder / "pictures" / "results"
+    results.rename(house.folder / "elsewhere")
+    for outage in (True, False):
+        results.touch() if outage else results.unlink()
+        by_address, in_base64 = [await client.get(f"/v1/jobs/{id}") for id in ids]
+        assert (by_address.status_code, by_address.json()["status"]) == (200, "succeeded")
+        told = in_base64.json()
+        assert (in_base64.status_code, told["result"]["images"][0]["base64"]) == (200, None)
+        assert told["images"][0]["url"]
+        assert (await client.get("/v1/jobs")).status_code == 200
+        assert "event: output" in (await client.get(f"/v1/jobs/{ids[0]}/events")).text
+        for path in (f"{ids[0]}/cancel", f"{waiting}/cancel", f"{waiting}/retry"):
+            assert (await client.post(f"/v1/jobs/{path}")).status_code in (200, 202)
+    (house.folder / "elsewhere").rename(results)
+    again = (await client.get(f"/v1/jobs/{ids[0]}")).json()
+    assert again["images"][0]["sha256"] == done["images"][0]["sha256"]
+    assert (await client.get(again["images"][0]["url"])).status_code == 200
+
+
+async def test_who_reads_events_does_not_notice_that_the_database_was_away(house: House, client: httpx2.AsyncClient):
+    job = (await client.post("/v1/generate", json=DRAW)).json()["job_id"]
+    await client.post(f"/v1/jobs/{job}/cancel")
+
+    class Away(JobStore):
+        looks = 3
+
+        async def events(self, *args: Any, **options: Any) -> Any:
+            self.looks -= 1
+            if self.looks >= 0:
+                raise Unavailable(1.0, "the database does not answer")
+            return await super().events(*args, **options)
+
+    seen = [event async for event in Jobs(Away(house.database), *house.behind).events(job, 0)]
+    assert seen[:3] == [None] * 3
+    assert [event.data["state"] for event in seen if event] == ["queued", "cancelled"]
+
+
+async def test_events_end_with_a_comment_where_the_database_stays_away():
+    class Away:
+        async def events(self, id: str, after_seq: int) -> AsyncIterator[JobEvent]:
+            yield JobEvent(job_id=id, seq=1, at=0.0, kind="state", data={"state": "queued", "attempt": 0})
+            raise Unavailable(1.0, "the database does not answer")
+
+    told = [event async for event in _events(Away(), "a", 0)]  # pyright: ignore[reportArgumentType]
+    assert told[0].startswith(b"id: 1\nevent: state")
+    assert told[1:] == [b": the database does not answer; come back\n\n"]
+
+
+async def test_a_job_that_another_version_wrote_is_told_and_hinders_no_other(
+    house: House, client: httpx2.AsyncClient, router: MemoryRouter
+):
+    house.work()
+    id = (await client.post("/v1/generate", json=DRAW | {"hires": {"scale": 2.0}})).json()["job_id"]
+    done = await finished(client, id)
+    request = (await house.store.get(id, None)).request
+    hires = {**request["request"]["hires"], "aura": 1}
+    for newer in ({"aura": 1}, {"hires": hires}):
+        values = {**request, "request": {**request["request"], **newer}}
+        await house.database.write(lambda c, values=values: c.execute(update(tables.jobs).values(request=values)))
+        told = (await client.get(f"/v1/jobs/{id}")).json()
+        assert told["status"] == "succeeded"
+        assert (told["result"], told["images"][0]["sha256"]) == (None, done["images"][0]["sha256"])
+        async with House(house.folder, router).client() as another:  # which has measured nothing yet
+            assert (await another.post("/v1/generate", json=DRAW)).status_code == 202
+
+
 async def test_a_full_queue_is_429(client: httpx2.AsyncClient):
     answers = [await client.post("/v1/generate", json=DRAW) for _ in range(11)]
     assert [answer.status_code for answer in answers] == [202] * 10 + [429]
@@ -448,14 +608,6 @@ async def test_another_callers_job_is_like_one_that_never_was(keyed: House):
         assert (await me.get(f"/v1/jobs/{id}")).json()["status"] == "queued"
         assert (await admin.get(f"/v1/jobs/{id}")).status_code == 200
         assert [job["job_id"] for job in (await admin.get("/v1/jobs")).json()["jobs"]] == [id]
-
-
-async def test_a_job_costs_its_caller_pixel_steps_when_it_is_submitted(keyed: House, router: MemoryRouter):
-    limits = Limits(pixel_steps_per_minute=2 * 128 * 128)
-    key = (await keyed.keys.create("painter", ("generate", "jobs"), limits))[1]
-    async with keyed.client(key) as client:
-        answers = [await client.post("/v1/generate", json=DRAW) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [202, 429]
 
 
 async def test_of_a_callers_jobs_no_more_run_than_its_key_allows(keyed: House, router: MemoryRouter):

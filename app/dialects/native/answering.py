@@ -32,7 +32,7 @@ async def answer(
         return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
     if as_urls:
         service.check_urls()
-    drawing = await wire.unless_disconnected(request, _awaited(wanted()))
+    drawing = await wire.unless_disconnected(request, wanted())
     if media_type == EVENTS:
         return await wire.unless_disconnected(request, _stream(service, drawing, body.cache))
     generating = service.generate(drawing, cache=body.cache, urls=as_urls)
@@ -56,7 +56,3 @@ async def _stream(service: Service, wanted: GenerationRequest, cache: bool) -> R
     """Waits until a replica has taken the request on, so that a refusal is a status and not an event."""
     events = service.stream(wanted, cache=cache)
     return wire.EventStream(answers.from_events(await anext(events), events))
-
-
-async def _awaited(request: Awaitable[GenerationRequest]) -> GenerationRequest:
-    return await request

@@ -1,5 +1,7 @@
 """A job in this API's own form: how it stands, what it has drawn, and the answer that it would have had at once."""
 
+import asyncio
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +12,10 @@ from app.jobs import canonical, outputs
 from app.jobs.job import Job
 from app.jobs.service import Estimate, Jobs
 from app.jobs.states import State
+from models.errors import InvalidRequest, NotFound, Unavailable
 from models.events import Finished
 
+PATIENCE_S = 30.0  # for the store to give a picture
 _OF_AN_IMAGE = ("index", "seed", "width", "height", "format", "sha256")
 
 
@@ -24,7 +28,8 @@ async def form(jobs: Jobs, job: Job) -> dict[str, Any]:
     """A job as this API tells it, its result included."""
     told = await summary(jobs, job, await jobs.estimate(job))
     if job.state is State.SUCCEEDED and not job.data_removed:
-        told["result"] = await _result(jobs, job, told["images"])
+        with suppress(InvalidRequest):  # another version knew fields that this one does not: the pictures are told
+            told["result"] = await _result(jobs, job, told["images"])
     return told
 
 
@@ -81,7 +86,7 @@ def upscaling(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
         "created": job.result["created"],
         "model": job.outputs[0]["model"],
         "images": images,
-        "parameters": {"scale": job.request["request"]["upscale"]["scale"]},
+        "parameters": {"scale": canonical.upscale_from_json(job.request["request"]).upscale.scale},
         "timings": {"total": round(job.result["total_s"], 4)},
     }
 
@@ -106,8 +111,13 @@ def _answered(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     return answers.answer(generation(job, tuple(outputs.finished(output) for output in job.outputs)), images)
 
 
-async def _base64(jobs: Jobs, key: str) -> str:
-    data = await jobs.data(key)
+async def _base64(jobs: Jobs, key: str) -> str | None:
+    """None where the store does not give the picture: how the job stands is told all the same, and its address."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            data = await jobs.data(key)
+    except (NotFound, Unavailable, TimeoutError):
+        return None
     return await wire.written(len(data), lambda: wire.encode_base64(data))
 
 

@@ -15,7 +15,7 @@ from app.jobs.job import JobEvent
 from app.jobs.service import Estimate, Jobs
 from app.jobs.states import State
 from app.service import Service
-from models.errors import InvalidRequest
+from models.errors import InvalidRequest, Unavailable
 
 KEEP_ALIVE_S = 15.0
 _FILTERS = ("status", "model", "kind", "cursor", "limit")
@@ -41,7 +41,8 @@ def add(router: APIRouter, service: Service) -> None:
     async def retry(request: Request, id: str) -> Response:
         key = request.headers.get("idempotency-key")
         known = None if key is None else submission.idempotency(request, key, {})
-        return await submission.accepted(request, service.jobs, await service.jobs.retry(id, known))
+        wait_s = submission.preferred_wait(request)
+        return await submission.accepted(request, service.jobs, await service.jobs.retry(id, known), wait_s)
 
     @router.get("/jobs/{id}/events", summary="What happens to a job, as server-sent events", **of_jobs)
     async def events(request: Request, id: str) -> Response:
@@ -64,6 +65,8 @@ async def _listed(jobs: Jobs, request: Request) -> Response:
     for name in asked:
         if name not in _FILTERS:
             raise InvalidRequest(name, f"is no filter; there are: {', '.join(_FILTERS)}")
+        if not all(value.isprintable() for value in asked.getlist(name)):  # no database would compare a NUL
+            raise InvalidRequest(name, "must be printable")
     page = await jobs.list(
         [_state(value) for text in asked.getlist("status") for value in text.split(",")],
         asked.get("model"),
@@ -94,17 +97,23 @@ def _last_seen(request: Request) -> int:
 
 
 async def _events(jobs: Jobs, id: str, after_seq: int) -> AsyncGenerator[bytes, None]:
-    """The events from the one after `after_seq` on, and comments while there are none, so that nobody hangs up."""
+    """The events from the one after `after_seq` on, and comments while there are none, so that nobody hangs up.
+
+    Where the database stays away they end before the job: whoever reads on takes them up by `Last-Event-ID`.
+    """
     said = time.monotonic()
     async with aclosing(jobs.events(id, after_seq)) as events:
-        async for event in events:
-            if event is not None:
-                yield wire.server_sent_event(event.kind, await _told(jobs, event), event.seq)
-            elif time.monotonic() - said >= KEEP_ALIVE_S:
-                yield b": still here\n\n"
-            else:
-                continue
-            said = time.monotonic()
+        try:
+            async for event in events:
+                if event is not None:
+                    yield wire.server_sent_event(event.kind, await _told(jobs, event), event.seq)
+                elif time.monotonic() - said >= KEEP_ALIVE_S:
+                    yield b": still here\n\n"
+                else:
+                    continue
+                said = time.monotonic()
+        except Unavailable as away:
+            yield f": {away.message}; come back\n\n".encode()
 
 
 async def _told(jobs: Jobs, event: JobEvent) -> dict[str, Any]:

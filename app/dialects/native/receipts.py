@@ -12,7 +12,7 @@ from app.keys.caller import current
 from app.replay import replay
 from app.results.results import Result
 from app.service import Service
-from models.errors import NotFound, Unavailable
+from models.errors import InvalidRequest, NotFound, Unavailable
 
 
 class ReplayBody(Wire):
@@ -33,6 +33,8 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.post("/replay", summary="Draw a result again and compare", openapi_extra=extra)
     async def draw_again(request: Request) -> Response:
+        if "idempotency-key" in request.headers:
+            raise InvalidRequest("Idempotency-Key", "is not taken here: a replay is no job, and draws each time")
         id = (await wire.read_json(request, ReplayBody)).receipt_id
         drawn = await wire.unless_disconnected(request, replay(service, current.get().id, id))
         size = sum(len(one.image.data) for one in drawn.images)

@@ -16,7 +16,7 @@ from app import wire
 from app.dialects.native import job_form
 from app.dialects.native.bodies import Delivered
 from app.dialects.native.schemas import JSON
-from app.errors import InFlight
+from app.errors import InFlight, envelope, headers_of, status_of
 from app.jobs.failures import ended_by
 from app.jobs.job import Idempotency, Job, Submission, Webhook, fingerprint
 from app.jobs.service import Delivery, Jobs
@@ -55,7 +55,8 @@ def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | N
     if body.webhook_url is not None:
         webhook = Webhook(url=body.webhook_url, events=tuple(body.webhook_events or ("completed",)))
     response = body.response or ("url" if body.asynchronous else "base64")
-    known = None if key is None else idempotency(request, key, {"accept": media_type, **_hashed(body.model_dump())})
+    said = body.model_dump(exclude_unset=True)  # so that a field that is yet to come leaves old requests what they are
+    known = None if key is None else idempotency(request, key, {"accept": media_type, **_hashed(said)})
     return Delivery(webhook=webhook, response=response, cache=body.cache, idempotency=known)
 
 
@@ -71,26 +72,28 @@ async def answer(
 
     Raises InFlight where the pictures are wanted at once and the key's job is not finished yet.
     """
+    wait_s = preferred_wait(request) if asynchronous else None  # before there is a job
     found = await jobs.earlier(wanted.idempotency) if wanted.idempotency else None
     if found is None:
-        found = await wire.unless_disconnected(request, _awaited(submit(wanted)))
+        found = await wire.unless_disconnected(request, submit(wanted))
     if asynchronous:
-        return await accepted(request, jobs, found)
+        return await accepted(request, jobs, found, wait_s)
     job = found.job
     if not job.finished and not found.replayed:
         job = await wire.unless_disconnected(request, jobs.wait(job.id, AT_ONCE_S))
     if not job.finished:
         raise InFlight(LOOK_AGAIN_S)
     if job.state is not State.SUCCEEDED or job.data_removed:
-        raise ended_by(job)
+        error = ended_by(job)
+        return wire.json_response(envelope(error), headers_of(error) | _replayed(found), status_of(error))
     response = await at_once(job)
     response.headers.update(_replayed(found))
     return response
 
 
-async def accepted(request: Request, jobs: Jobs, found: Submission) -> Response:
+async def accepted(request: Request, jobs: Jobs, found: Submission, wait_s: int | None) -> Response:
     """202 with the job; 200 where it was finished within the time that Prefer gives it."""
-    job, wait_s = found.job, preferred_wait(request)
+    job = found.job
     headers = {"location": job_form.path(job.id), **_replayed(found)}
     if wait_s is not None:
         job = await wire.unless_disconnected(request, jobs.wait(job.id, wait_s))
@@ -121,7 +124,3 @@ def _hashed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _hashed(part) for key, part in value.items()}
     return [_hashed(part) for part in value] if isinstance(value, list) else value
-
-
-async def _awaited(submission: Awaitable[Submission]) -> Submission:
-    return await submission

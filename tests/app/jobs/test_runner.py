@@ -459,7 +459,7 @@ async def test_a_full_store_is_asked_again_and_nothing_is_drawn_anew(
                 raise refusals.pop()
             return await pictures.put(key, data, content_type)
 
-        get, head, url = pictures.get, pictures.head, pictures.url
+        get, head, sign = pictures.get, pictures.head, pictures.sign
 
     make = Maker(store, Full(), drawing(service), service.upscale, PATIENCE)  # pyright: ignore[reportArgumentType]
     async with running(store, make):

@@ -14,6 +14,12 @@ def caller(id: str = "a", **limits: int) -> Caller:
     return Caller(id=id, name=id, scopes=frozenset(), limits=Limits(**limits))
 
 
+def set_clock(budgets: Budgets, seconds: float) -> None:
+    """Every minute under way ends as if the clock had been set forward by so much, or back."""
+    ends = budgets._counts.expirations
+    ends.update({name: at - seconds for name, at in ends.items()})
+
+
 async def test_a_minute_holds_as_many_requests_as_the_limit_says():
     budgets, asking = Budgets(), caller(requests_per_minute=3)
     left = [await budgets.charge(asking, "requests_per_minute") for _ in range(3)]
@@ -47,6 +53,39 @@ async def test_many_at_once_get_no_more_than_there_is():
     charges = (budgets.charge(asking, "requests_per_minute") for _ in range(100))
     outcomes = await asyncio.gather(*charges, return_exceptions=True)
     assert sum(not isinstance(outcome, BudgetSpent) for outcome in outcomes) == 10
+
+
+async def test_what_was_charged_for_nothing_is_given_back():
+    budgets, asking = Budgets(), caller(pixel_steps_per_minute=100)
+    await budgets.charge(asking, "pixel_steps_per_minute", 30)
+    charged = await budgets.charge(asking, "pixel_steps_per_minute", 70)
+    await budgets.give_back(asking, "pixel_steps_per_minute", 70, charged)
+    allowance = await budgets.charge(asking, "pixel_steps_per_minute", 60)
+    assert allowance
+    assert allowance.remaining == 10
+    await budgets.give_back(ANONYMOUS, "pixel_steps_per_minute", 60, None)
+
+
+async def test_what_is_given_back_after_its_minute_is_not_added_to_the_next():
+    budgets, asking = Budgets(), caller(pixel_steps_per_minute=100)
+    charged = await budgets.charge(asking, "pixel_steps_per_minute", 70)
+    set_clock(budgets, 61.0)
+    await budgets.charge(asking, "pixel_steps_per_minute", 100)
+    await budgets.give_back(asking, "pixel_steps_per_minute", 70, charged)
+    with pytest.raises(BudgetSpent, match="of which 0 are left"):
+        await budgets.charge(asking, "pixel_steps_per_minute")
+
+
+async def test_a_clock_that_is_set_back_locks_nobody_out():
+    budgets, asking = Budgets(), caller(requests_per_minute=1)
+    await budgets.charge(asking, "requests_per_minute")
+    set_clock(budgets, -3600.0)
+    allowance = await budgets.charge(asking, "requests_per_minute")
+    assert allowance
+    assert 55 < allowance.reset_s <= 60
+    with pytest.raises(BudgetSpent) as spent:
+        await budgets.charge(asking, "requests_per_minute")
+    assert 55 < spent.value.retry_after_s <= 60
 
 
 async def test_who_has_no_limit_is_not_counted():

@@ -66,6 +66,7 @@ async def test_a_key_is_shown_once_and_lives_until_it_is_rotated_and_revoked(con
     ("arguments", "words"),
     [
         (("create", "a", "--scope", "root"), "generate, jobs, admin"),
+        (("create", "a", "--scope", "admin"), "needs `jobs`"),
         (("create", "a", "--requests-per-minute", 0), "between 1 and"),
         (("revoke", "none"), "there is no key 'none'"),
         (("rotate", "none"), "there is no key 'none'"),

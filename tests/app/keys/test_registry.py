@@ -142,6 +142,8 @@ async def test_a_key_that_has_ended_is_not_rotated(keys: Keys):
         ({"name": "a" * 101}, "name"),
         ({"scopes": ()}, "scopes"),
         ({"scopes": ("root",)}, "scopes"),
+        ({"scopes": ("admin",)}, "scopes"),
+        ({"scopes": ("admin", "generate")}, "scopes"),
         ({"lasts_s": 0}, "expires"),
         ({"lasts_s": float("nan")}, "expires"),
         ({"limits": Limits(requests_per_minute=0)}, "requests_per_minute"),

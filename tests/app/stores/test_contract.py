@@ -66,6 +66,12 @@ async def test_what_is_not_there_is_not_found_and_deleting_it_is_nothing(store: 
     assert await store.put("a/b", PICTURE[1:], "image/webp") == await store.head("a/b")
 
 
+async def test_an_address_is_signed_without_a_look(store: Store):
+    assert "a/b" in await store.sign("a/b", 60)
+    with pytest.raises(NotFound):
+        await store.url("a/b", 60)
+
+
 async def test_a_key_below_a_key_is_another_object(able_store: Store):
     await able_store.put("a", b"one", "image/png")
     await able_store.put("a/b", b"two", "image/png")
@@ -98,7 +104,8 @@ async def test_a_key_below_a_key_is_another_object(able_store: Store):
 )
 async def test_what_is_no_key_is_refused_everywhere(store: Store, key: str):
     for asked in (
-        *(store.put(key, b"x", "image/png"), store.get(key), store.head(key), store.delete(key), store.url(key, 60)),
+        *(store.put(key, b"x", "image/png"), store.get(key), store.head(key), store.delete(key)),
+        *(store.url(key, 60), store.sign(key, 60)),
     ):
         with pytest.raises(InvalidRequest) as refused:
             await asked
@@ -114,6 +121,7 @@ async def test_other_bad_input_is_refused_by_name(store: Store):
         (store.put("a", b"x", "image/svg+xml"), "content_type"),
         *((store.get(KEY, span), "span") for span in ((0, 8), (7, 7), (3, 2), (-1, 3), (8, 9))),
         *((store.url(KEY, seconds), "expires_s") for seconds in (0, -1, 8 * 24 * 3600)),
+        *((store.sign(KEY, seconds), "expires_s") for seconds in (0, -1, 8 * 24 * 3600)),
     ]
     for asked, field in refusals:
         with pytest.raises(InvalidRequest) as refused:
