@@ -62,7 +62,8 @@ class Gateway:
             kept_in = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
             jobs = Jobs(kept, kept_in, router.charge, fetcher.address)
         drawn = results.opened(settings, self._database)
-        self._service = Service(router, fetcher if settings.fetch.pictures else None, drawn, jobs, outbox)
+        pictures = fetcher if settings.fetch.pictures else None
+        self._service = Service(router, pictures, drawn, jobs, outbox, settings.request_timeout_s)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

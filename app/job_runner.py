@@ -26,7 +26,7 @@ from app.results.results import Results
 from app.service import Service
 from app.settings import CatalogueSettings, RunnerSettings
 from app.webhooks.deliverer import Deliverer
-from models.errors import Unavailable
+from models.errors import HeliographError
 from models.events import Finished, Progress
 from models.request import EffectiveRequest
 
@@ -46,7 +46,8 @@ class JobRunner:
         self._database = Database(settings.database)
         self._results = results.opened(settings, self._database)
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
-        self._service = Service(Router(settings.request_timeout_s, attempts=1), results=self._results)
+        router = Router(settings.request_timeout_s, attempts=1)
+        self._service = Service(router, results=self._results, patience_s=settings.request_timeout_s)
         jobs = JobStore(self._database, payload=payload)
         pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
@@ -94,7 +95,7 @@ def drawing(service: Service) -> Draw:
     """The service as a maker sees it, who stands below it."""
 
     async def draw(request: EffectiveRequest, cache: bool) -> AsyncGenerator[DrawEvent, None]:
-        async with aclosing(service.stream(request, cache=cache)) as events:
+        async with aclosing(service.stream(request, cache=cache, shared=True)) as events:
             async for event in events:
                 match event:
                     case GenerationResult():
@@ -111,8 +112,8 @@ async def keep_house(kept: Results) -> None:
     while True:
         try:
             await kept.keep_house()
-        except (Unavailable, TimeoutError) as away:
-            _log.warning("the store is not swept: %s", away)
+        except (HeliographError, TimeoutError) as fault:
+            _log.warning("the store is not swept: %s", fault)
         await asyncio.sleep(HOUSE_S)
 
 
