@@ -21,7 +21,6 @@ from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import UPSCALER
 from app.jobs.store import JobStore
-from app.results import results
 from app.results.results import Results
 from app.service import Service
 from app.settings import CatalogueSettings, RunnerSettings
@@ -44,12 +43,12 @@ class JobRunner:
         from app.router import Router  # the only thing here that needs Ray
 
         self._database = Database(settings.database)
-        self._results = results.opened(settings, self._database)
+        pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
+        self._results = Results(self._database, pictures, settings.keep_results_s)
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
         router = Router(settings.request_timeout_s, attempts=1)
         self._service = Service(router, results=self._results, patience_s=settings.request_timeout_s)
         jobs = JobStore(self._database, payload=payload)
-        pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(
             at_once=settings.max_running,

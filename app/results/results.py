@@ -24,7 +24,7 @@ from app.jobs.tables import jobs
 from app.results.table import places, results
 from app.settings import GatewaySettings, RunnerSettings
 from app.stores.store import Store, StoreUnavailable
-from app.stores.sweep import may_sweep, sweep
+from app.stores.sweep import mark, may_sweep, sweep
 from models import document, images
 from models.errors import InvalidRequest, NotFound, Unavailable
 from models.events import Finished
@@ -133,6 +133,12 @@ class Results:
         """Addresses of stored pictures, each good for an hour at most. Raises NotFound where one has gone."""
         store, seconds = self._store_or_refuse(), int(max(1, min(lasts_s, ADDRESS_S)))
         return tuple(await asyncio.gather(*(store.url(key, seconds) for key in keys)))
+
+    async def mark(self) -> None:
+        """Says in the store that this database keeps pictures there, so that no other one sweeps them."""
+        if self._store is not None:
+            id, _ = await self._database.write(_identity)
+            await mark(self._store, id)
 
     async def keep_house(self) -> Swept:
         """Removes results whose time is over, and what lies in the store without an owner. For a loop, every hour or

@@ -37,6 +37,11 @@ async def sweep(store: Store, known: Known, grace_s: float = GRACE_S) -> int:
     return deleted
 
 
+async def mark(store: Store, database: str) -> None:
+    """Leaves a database's mark in a store, where it may be already."""
+    await store.put(f"{MARKS}/{database}", b"{}", "application/json")
+
+
 async def may_sweep(store: Store, database: str, knows: bool, grace_s: float = GRACE_S) -> bool:
     """Whether the store is one database's alone: its mark has stood there for the grace, and no other one does.
 
@@ -54,7 +59,7 @@ async def may_sweep(store: Store, database: str, knows: bool, grace_s: float = G
                 "holds what this database knows nothing of; nothing was swept. Check `database` and `store`: they are "
                 "not of one server, or the database is new, and the store has to be too",
             )
-        await store.put(mine, b"{}", "application/json")
+        await mark(store, database)
     if others:
         raise InvalidRequest(
             "store",

@@ -152,13 +152,3 @@ def test_a_picture_says_where_it_was_ended_and_is_what_a_stop_there_draws():
     assert {event.data for event in events} == {finished.data for finished in stopped}, "what it says of itself too"
     assert {finished.stop_at_step for finished in stopped} == {None}, "that is what was asked for"
     assert others[0].stop_at_step is None
-
-
-def test_a_whole_picture_that_waits_for_the_decoder_is_not_ended_by_accepting_it():
-    engine, events = new_engine("sd15"), []
-    ticket = engine.submit(ask(steps=2), events.append)
-    while not any(isinstance(event, Progress) and event.step == 2 for event in events):
-        engine.step()
-    engine.accept(ticket)
-    step_until(engine, lambda: isinstance(events[-1], Finished))
-    assert events[-1].stop_at_step is None

@@ -157,6 +157,22 @@ async def test_an_empty_or_another_database_removes_no_picture_of_a_store(
     await other.close()
 
 
+async def test_a_server_that_starts_says_so_in_the_store_before_it_knows_of_a_picture(
+    results: Results, folder: Folder, database: Database, tmp_path: Path
+):
+    await kept(results, drawn())
+    await results.keep_house()
+    other = Database(f"sqlite:///{tmp_path / 'other.db'}")
+    await other.migrate()
+    for _ in range(2):
+        await Results(other, folder, KEEP_S).mark()
+    age(tmp_path / "pictures")
+    with pytest.raises(InvalidRequest, match="another database's too"):
+        await results.keep_house()
+    await Results(other, None, KEEP_S).mark()
+    await other.close()
+
+
 async def test_a_result_is_found_until_an_address_would_outlive_it(results: Results, database: Database):
     id = await kept(results, drawn())
     await older(database, id, KEEP_S - ADDRESS_S - 60)
