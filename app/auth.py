@@ -122,8 +122,8 @@ def _check_local(connection: HTTPConnection) -> None:
             host = host_of(value)
             if host != "localhost" and not _is_loopback(host):
                 raise Forbidden(
-                    f"this server has no API keys and answers its own machine only, by its own names: `{header.title()}`"
-                    " must be localhost or a loopback address; its operator can give it `auth: keys`"
+                    "this server has no API keys and answers its own machine only, by its own names: "
+                    f"`{header.title()}` must be localhost or a loopback address; its operator can give it `auth: keys`"
                 )
 
 

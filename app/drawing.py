@@ -120,9 +120,7 @@ class Drawing:
         for event in told_at_once(found):
             yield event
 
-    async def _draw(
-        self, wanted: EffectiveRequest, began: float, progress: bool
-    ) -> AsyncGenerator[StreamEvent, None]:
+    async def _draw(self, wanted: EffectiveRequest, began: float, progress: bool) -> AsyncGenerator[StreamEvent, None]:
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
         images: dict[int, Finished] = {}
         origin: Origin | None = None

@@ -57,7 +57,9 @@ def _check(first: Result) -> None:
     if "revision" not in first.receipt:
         raise InvalidRequest("receipt_id", "is of an enlargement, whose small picture is not kept: enlarge it again")
     if len({image.get("stop_at_step") for image in first.receipt["images"]}) > 1:
-        raise InvalidRequest("receipt_id", "is of pictures that were ended at different steps: no one request does that")
+        raise InvalidRequest(
+            "receipt_id", "is of pictures that were ended at different steps: no one request draws them"
+        )
 
 
 async def _request(results: Results, first: Result) -> EffectiveRequest:

@@ -72,7 +72,11 @@ class Running:
 
     def told(self, event: ReplicaEvent, sent: EffectiveRequest) -> ReplicaEvent:
         """The event, where a replica was sent less than what was asked for as well: it knows of no early end."""
-        if isinstance(event, Finished) and event.stop_at_step is None and sent.stop_at_step != self._request.stop_at_step:
+        if (
+            isinstance(event, Finished)
+            and event.stop_at_step is None
+            and sent.stop_at_step != self._request.stop_at_step
+        ):
             return replace(event, stop_at_step=sent.stop_at_step)
         return event
 

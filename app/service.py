@@ -246,9 +246,7 @@ class Service:
         await asyncio.to_thread(card.check, picture, wanted.scale, format)
         return await self.jobs.submit_upscale(picture, wanted, format, delivery)
 
-    async def upscale(
-        self, picture: bytes, wanted: Upscale, format: ImageFormat, *, urls: bool = False
-    ) -> Upscaled:
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, *, urls: bool = False) -> Upscaled:
         """The encoded picture, enlarged, in that format, with its receipt; for `urls` it is stored.
 
         Raises the errors of models/errors.py.

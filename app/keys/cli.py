@@ -19,7 +19,6 @@ keys_app = typer.Typer(no_args_is_help=True, help="Who may call the server.")
 DAY_S, HOUR_S = 86400.0, 3600.0
 
 
-
 @keys_app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, for the list.")],

@@ -40,9 +40,7 @@ async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictu
     return await _recorded(results, owner, receipt, Kept(receipt_id=id, keys=keys, fault=fault), about)
 
 
-async def keep_enlarged(
-    results: Results, owner: str, enlarged: Upscaled, wanted: Upscale, *, pictures: bool
-) -> Kept:
+async def keep_enlarged(results: Results, owner: str, enlarged: Upscaled, wanted: Upscale, *, pictures: bool) -> Kept:
     """The same for a picture that was enlarged, which is stored where `pictures` asks for it."""
     id, keys, fault = new_id(), (), None
     try:

@@ -212,7 +212,10 @@ async def test_without_keys_the_server_answers_its_own_machine(
     [
         *(({"host": host}, 200) for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.9.9.9", "[::1]:1")),
         *(({"origin": origin}, 200) for origin in ("http://localhost:5173", "https://127.0.0.1", "http://[::1]")),
-        *(({"host": host}, 403) for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "127.1", "", "[::1")),
+        *(
+            ({"host": host}, 403)
+            for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "127.1", "", "[::1")
+        ),
         *(({"host": host}, 403) for host in ("evil.example:8000", "0.0.0.0", "localhost@evil.example", "[::2]")),
         *(({"origin": origin}, 403) for origin in ("https://evil.example", "null", "file://", "localhost", "")),
         ({"origin": "http://evil.example:8000", "host": "127.0.0.1:8000", "content-type": "text/plain"}, 403),

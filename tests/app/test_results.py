@@ -486,9 +486,7 @@ async def test_what_an_address_would_outlive_is_drawn_anew(client: httpx2.AsyncC
     assert marks(await draw(client, response="url")) == ("miss", False)
 
 
-async def test_a_picture_that_goes_before_its_address_is_given_is_asked_for_again(
-    service: Service, tmp_path: Path
-):
+async def test_a_picture_that_goes_before_its_address_is_given_is_asked_for_again(service: Service, tmp_path: Path):
     result = await service.generate(GenerationRequest(model="sd15", prompt="x", seed=7))
     shutil.rmtree(tmp_path / "pictures" / "results")
     with pytest.raises(Unavailable, match="send the request again"):
