@@ -123,8 +123,9 @@ async def _kept(service: Service, job: Job, media_type: str) -> Response:
         return wire.json_response(await job_form.by_address(service.jobs, job))
     [output] = job.outputs
     names = ("format", "width", "height", "model")
-    told = {name: output[name] for name in names} | {"receipt_id": (job.result or {}).get("receipt_id")}
-    upscaled = Upscaled(data=await service.jobs.data(output["key"]), **told)
+    told = {name: output[name] for name in names}
+    receipt_id = None if job.result is None else job.result.get("receipt_id")
+    upscaled = Upscaled(data=await service.jobs.data(output["key"]), receipt_id=receipt_id, **told)
     if media_type != JSON:
         return _bytes(upscaled)
     image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
