@@ -8,6 +8,7 @@ whatever the clients of the APIs we speak send.
 import base64
 import binascii
 import ipaddress
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from app.settings import AuthMode
 
 PUBLIC = "public"  # stands where a scope may stand, on a route that needs no key
 _EXTRA = "x-scope"
+_NETLOC = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 
 
 class Guard:
@@ -47,11 +49,8 @@ class Guard:
 
     async def _caller(self, connection: HTTPConnection) -> Caller:
         if self._keys is None:
-            if self._mode == "loopback" and not _is_local(connection):
-                raise Forbidden(
-                    "this server has no API keys and answers its own machine only; its operator can give it `auth: "
-                    "keys`, or `auth: open` to let everybody in"
-                )
+            if self._mode == "loopback":
+                _check_local(connection)
             return ANONYMOUS
         found = set(_presented(connection.headers))
         if not found:
@@ -106,12 +105,42 @@ def _halves(encoded: str) -> list[str]:
         return []
 
 
-def _is_local(connection: HTTPConnection) -> bool:
-    """Whether the peer is this machine: a loopback address, or a socket that has no address."""
-    if connection.client is None:
-        return True
+def _check_local(connection: HTTPConnection) -> None:
+    """Raises Forbidden unless this machine asks, and not for somebody else's page.
+
+    A page from anywhere can have a browser on this machine send requests here: under a name of its own that leads to
+    the loopback (DNS rebinding), which `Host` tells, or across sites, which `Origin` tells. A client without `Host` is
+    no browser, nor is one without `Origin` that changes anything.
+    """
+    if connection.client is not None and not _is_loopback(connection.client.host):
+        raise Forbidden(
+            "this server has no API keys and answers its own machine only; its operator can give it `auth: keys`, or "
+            "`auth: open` to let everybody in"
+        )
+    for header, host_of in (("host", _host), ("origin", _host_of_origin)):
+        for value in connection.headers.getlist(header):
+            host = host_of(value)
+            if host != "localhost" and not _is_loopback(host):
+                raise Forbidden(
+                    "this server has no API keys and answers its own machine only, by its own names: "
+                    f"`{header.title()}` must be localhost or a loopback address; its operator can give it `auth: keys`"
+                )
+
+
+def _host(netloc: str) -> str:
+    """The host in `host:port`."""
+    found = _NETLOC.fullmatch(netloc.strip().lower())
+    return found[1].strip("[]") if found else ""
+
+
+def _host_of_origin(origin: str) -> str:
+    scheme, _, netloc = origin.partition("://")
+    return _host(netloc) if scheme in ("http", "https") else ""
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        peer = ipaddress.ip_address(connection.client.host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return (getattr(peer, "ipv4_mapped", None) or peer).is_loopback
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import orjson
@@ -17,7 +18,6 @@ from models.upscaler_card import LANCZOS
 T = TypeVar("T")
 
 _ORDER = ("priority", "deadline_s", "preview_every")  # how it was ordered, not what it shows
-PATIENCE_S = 600.0
 
 
 def is_repeatable(request: GenerationRequest) -> bool:
@@ -48,33 +48,34 @@ async def fingerprint_aside(request: EffectiveRequest, origin: Origin | None = N
 
 
 class Flights(Generic[T]):
-    """Work under way in this process, by what it is about."""
+    """Work under way in this process, by what it is about.
+
+    Whoever works and fails or is cancelled is alone in that: the next of those who wait begins anew.
+    """
 
     def __init__(self):
         self._flights: dict[str, asyncio.Future[T]] = {}
 
-    async def join(
-        self, about: str, work: Callable[[], Awaitable[T]], patience_s: float = PATIENCE_S
-    ) -> tuple[T, bool]:
-        """What the work gives, and whether somebody else has done it: of those who ask at a time, one works.
-
-        Whoever works and fails or is cancelled is alone in that: the next of those who wait begins anew. Raises
-        GenerationFailed for who has waited for so long, and what their own work raises.
-        """
+    async def joined(self, about: str, patience_s: float) -> T | None:
+        """What somebody else's work gives; None where nobody is at it, and who asks is to `lead`, without awaiting
+        anything before. Raises GenerationFailed for who has waited for so long."""
         try:
             async with asyncio.timeout(patience_s):
                 while about in self._flights:
                     flight = self._flights[about]
                     await asyncio.wait({flight})
                     if not flight.cancelled():
-                        return flight.result(), True
+                        return flight.result()
         except TimeoutError as late:
             raise GenerationFailed("deadline", "the pictures were not finished in time") from late
+        return None
+
+    @contextmanager
+    def lead(self, about: str) -> Iterator[asyncio.Future[T]]:
+        """Others wait for what the future is given; where it is given nothing, one of them begins anew."""
         flight = self._flights[about] = asyncio.get_running_loop().create_future()
         try:
-            result = await work()
-            flight.set_result(result)
-            return result, False
+            yield flight
         finally:
             del self._flights[about]
             flight.cancel()

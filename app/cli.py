@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from app.config_option import CONFIG, Config, console
 from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
@@ -33,11 +34,8 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(store_app, name="store")
-console = Console(stderr=True)
 
-Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration: models, gateway, replicas.")]
 Local = Annotated[bool, typer.Option("--local", help="Without a server, from the configuration alone.")]
-DEFAULT_CONFIG = Path("serve_config.yaml")
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def main() -> None:
 
 @app.command()
 def serve(
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
     host: Annotated[str | None, typer.Option(help="Overrides the configuration's http_options.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Overrides the configuration's http_options.port.")] = None,
 ) -> None:
@@ -109,7 +107,7 @@ def generate(
     asynchronous: Annotated[
         bool, typer.Option("--async", help="Print a job's id at once; the server draws and keeps the pictures.")
     ] = False,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
     **options: Any,
 ) -> None:
     """Draw PROMPT, through a server or with --local.
@@ -184,7 +182,7 @@ def upscale(
     model: Annotated[str | None, typer.Option(help="lanczos, or an upscaler of `heliograph adapters`.")] = None,
     address: Address = ADDRESS,
     local: Local = False,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Make IMAGE larger, through a server or with --local. The format is the output file's."""
     from rich.progress import Progress
@@ -208,7 +206,7 @@ def upscale(
 
 
 @models_app.command("list")
-def list_models(address: Address = ADDRESS, local: Local = False, config: Config = DEFAULT_CONFIG) -> None:
+def list_models(address: Address = ADDRESS, local: Local = False, config: Config = CONFIG) -> None:
     """Every model: its size, its defaults, and whether it is awake. * is used when none is named."""
     from rich.table import Table
 
@@ -224,7 +222,7 @@ def list_models(address: Address = ADDRESS, local: Local = False, config: Config
 
 
 @models_app.command("show")
-def show_model(name: str, address: Address = ADDRESS, local: Local = False, config: Config = DEFAULT_CONFIG) -> None:
+def show_model(name: str, address: Address = ADDRESS, local: Local = False, config: Config = CONFIG) -> None:
     """All that one model can do, as JSON."""
     from app import client
 

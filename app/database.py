@@ -78,6 +78,11 @@ class Database:
         """`sqlite` or `postgresql`."""
         return self._reader.dialect.name
 
+    @property
+    def file(self) -> Path | None:
+        """Where SQLite keeps it."""
+        return Path(str(self._url.database)) if self.dialect == "sqlite" else None
+
     async def read(self, work: Work[T]) -> T:
         """What `work` returns, from one transaction that only reads. Raises Unavailable."""
         return await self._persist(self._reader, work)
@@ -108,8 +113,8 @@ class Database:
 
         Raises Unavailable, and RuntimeError where the database is newer than this program.
         """
-        if self.dialect == "sqlite":
-            Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         engine = _engine(self._url, 1, MIGRATION_S).execution_options(sqlite_begin="BEGIN IMMEDIATE")
         try:
             await _persist(engine, lambda connection: _migrate(connection, revision), MIGRATION_S)
@@ -127,11 +132,16 @@ class Database:
         await self._reader.dispose()
 
 
-def perform(url: str, work: Callable[[Database], Awaitable[T]]) -> T:
-    """For commands: what `work` returns of a database, which is brought up to date before and closed after."""
+def perform(url: str, work: Callable[[Database], Awaitable[T]], *, new: bool = True) -> T:
+    """For commands: what `work` returns of a database, which is brought up to date before and closed after.
+
+    Unless it may be `new`, raises InvalidRequest for a file that is not there.
+    """
 
     async def performing() -> T:
         database = Database(url)
+        if not new and database.file is not None and not database.file.exists():
+            raise InvalidRequest("database", f"there is no file {database.file}; relative paths begin in this folder")
         try:
             await database.migrate()
             return await work(database)

@@ -3,21 +3,22 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from app.cache import fingerprint_aside
-from app.events import Admitted, ReplicaEvent
+from app.events import Admitted, ReplicaEvent, not_kept
 from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.results import receipt as receipts
 from app.results.keeping import keep
 from app.results.receipt import Drawn
 from app.results.results import Results
-from models.errors import GenerationFailed, NotFound, Unavailable
+from models.errors import GenerationFailed, InvalidRequest, NotFound, Unavailable
 from models.events import Failed, Finished, Progress, Timings
+from models.limits import DEADLINE_S
 from models.request import EffectiveRequest
 
 LOOKUP_S = 2.0  # for a picture that is kept, before it is drawn anew
@@ -67,7 +68,17 @@ class GenerationResult:
     def warnings(self) -> tuple[str, ...]:
         """The pictures' warnings, each once, and what could not be kept."""
         found = dict.fromkeys(warning for image in self.images for warning in image.warnings)
-        return (*found, *([f"the result is not kept whole: {self.fault.message}"] if self.fault else []))
+        return (*found, *not_kept(self.fault))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is what was asked for, and may be given to others who ask for the same.
+
+        Not where it was ended early, nor where a replica died and others finished it with other weights.
+        """
+        origin = {self.revision if self.origin is None else self.origin.revision}
+        ended = any(image.stop_at_step is not None for image in self.images)
+        return not ended and {image.revision for image in self.images} == origin
 
     @property
     def timings(self) -> Timings:
@@ -92,29 +103,28 @@ class Drawing:
         self._replicas, self._results = replicas, results
 
     async def events(
-        self, wanted: EffectiveRequest, progress: bool, again: bool, urls: bool
+        self, wanted: EffectiveRequest, began: float, progress: bool, again: bool, urls: bool
     ) -> AsyncGenerator[StreamEvent, None]:
-        """What happens to a request: it is found, where that is allowed `again`, or drawn and kept."""
+        """What happens to a request: it is found, where that is allowed `again`, or drawn and kept.
+
+        Its deadline counts from when it `began`, by time.monotonic().
+        """
         found = await self._found(wanted) if again else None
         if found is None:
-            async with aclosing(self._draw(wanted, progress)) as events:
+            async with aclosing(self._draw(wanted, began, progress)) as events:
                 async for event in events:
                     if isinstance(event, GenerationResult):
-                        event = await self._kept(event, again and _is_what_was_asked(event, wanted), urls)
+                        event = await self._kept(event, again and event.whole, urls)
                     yield event
             return
-        yield Accepted(id=found.id, created=found.created, request=wanted, revision=found.revision, waiting=0)
-        for image in found.images:
-            yield image
-        yield found
+        for event in told_at_once(found):
+            yield event
 
-    async def _draw(self, wanted: EffectiveRequest, progress: bool) -> AsyncGenerator[StreamEvent, None]:
+    async def _draw(self, wanted: EffectiveRequest, began: float, progress: bool) -> AsyncGenerator[StreamEvent, None]:
         started, created, id = time.monotonic(), int(time.time()), uuid.uuid4().hex
         images: dict[int, Finished] = {}
-        steps: dict[int, Progress] = {}
-        planned: dict[int, int] = {}  # steps of each picture, before anybody ends it
         origin: Origin | None = None
-        async with aclosing(self._replicas.generate(wanted, progress, id)) as events:
+        async with aclosing(self._replicas.generate(_hurried(wanted, began), progress, id)) as events:
             async for event in events:
                 match event:
                     case Admitted(waiting=waiting, origin=origin):
@@ -125,9 +135,7 @@ class Drawing:
                     case Finished(index=index):
                         images[index] = event
                         yield event
-                    case Progress(index=index):
-                        steps[index] = event
-                        planned.setdefault(index, event.steps)
+                    case Progress():
                         yield event
                 if len(images) == wanted.samples:
                     break
@@ -136,7 +144,7 @@ class Drawing:
         yield GenerationResult(
             id=id,
             created=created,
-            request=_as_ended(wanted, steps, planned),
+            request=_as_ended(wanted, images.values()),
             revision=images[0].revision,
             images=tuple(images[index] for index in sorted(images)),
             total_s=time.monotonic() - started,
@@ -158,14 +166,15 @@ class Drawing:
                 if result is None:
                     return None
                 files = await self._results.files(result)
-        except (TimeoutError, Unavailable, NotFound):
+                images = await asyncio.to_thread(receipts.images, result.receipt, files)
+        except (TimeoutError, Unavailable, NotFound, InvalidRequest):
             return None
         return GenerationResult(
             id=uuid.uuid4().hex,
             created=int(time.time()),
             request=wanted,
             revision=origin.revision,
-            images=receipts.images(result.receipt, files),
+            images=images,
             total_s=time.monotonic() - started,
             cached=True,
             receipt_id=result.id,
@@ -180,13 +189,25 @@ class Drawing:
         return replace(result, **vars(kept))
 
 
-def _is_what_was_asked(result: GenerationResult, wanted: EffectiveRequest) -> bool:
-    """Not where it was ended early, nor where a replica died and others finished it with other weights."""
-    revisions = {image.revision for image in result.images}
-    return result.request == wanted and result.origin is not None and revisions == {result.origin.revision}
+def told_at_once(result: GenerationResult) -> tuple[StreamEvent, ...]:
+    """The events of a result that is there already."""
+    accepted = Accepted(
+        id=result.id, created=result.created, request=result.request, revision=result.revision, waiting=0
+    )
+    return accepted, *result.images, result
 
 
-def _as_ended(request: EffectiveRequest, steps: Mapping[int, Progress], planned: Mapping[int, int]) -> EffectiveRequest:
-    """The request that draws what was drawn: one that somebody has ended early stops at the step it has come to."""
-    reached = [progress.step for index, progress in steps.items() if progress.step < planned[index]]
-    return replace(request, stop_at_step=max(reached)) if reached else request
+def _as_ended(request: EffectiveRequest, images: Iterable[Finished]) -> EffectiveRequest:
+    """The request that draws what was drawn: where all pictures were ended at the same step, it stops there.
+
+    Pictures that were ended at different steps are no one request's; each says its own.
+    """
+    ended = {image.stop_at_step for image in images}
+    return replace(request, stop_at_step=ended.pop()) if len(ended) == 1 and None not in ended else request
+
+
+def _hurried(request: EffectiveRequest, began: float) -> EffectiveRequest:
+    """The request with the time that is left of its deadline."""
+    if request.deadline_s is None:
+        return request
+    return replace(request, deadline_s=max(DEADLINE_S.low, request.deadline_s - (time.monotonic() - began)))

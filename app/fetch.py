@@ -11,22 +11,26 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from weakref import WeakValueDictionary
 
 import httpcore2
 import httpx2
 
 from app.guard import Guard
+from app.keys.caller import ANONYMOUS, Caller, current
 from app.settings import FetchSettings
 from models.decoding import is_picture
 from models.errors import InvalidRequest, Overloaded
 
 CONNECT_S, READ_S = 5.0, 10.0  # for a connection (TLS takes as long again), and between two bytes
 TURN_S = 5.0  # how long a picture waits while others are fetched
+CALLERS = 4  # who can fetch at a time, each with as many turns: nobody takes all of them with servers that are slow
+LARGE_PICTURES = 2  # of the largest size, whose bytes all pictures of a request may have together
 MAX_REDIRECTS = 3
-MAX_PICTURES = 8  # by address, in one request, so that nobody takes all the turns with one
+MAX_PICTURES = 8  # by address, in one request
 MAX_ANSWER_BYTES = 4096  # that are read of the answer to a post
 
 _PORTS = {"http": 80, "https": 443}
@@ -63,6 +67,8 @@ class Fetcher:
         self._guard = guard or Guard(settings.networks, settings.hosts)
         self._tls = tls or httpx2.create_ssl_context(trust_env=False)
         self._turns = asyncio.Semaphore(settings.max_at_once)
+        self._share = max(1, settings.max_at_once // CALLERS)
+        self._of_callers: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def pictures(self, addresses: Mapping[str, str]) -> dict[str, bytes]:
         """The pictures at the addresses of a request's fields, by field; each distinct address is asked once.
@@ -72,7 +78,8 @@ class Fetcher:
         fields = {url: field for field, url in reversed([*addresses.items()])}
         if len(fields) > MAX_PICTURES:
             raise InvalidRequest(next(iter(addresses)), f"is one of more than {MAX_PICTURES} pictures by address")
-        fetching = [asyncio.ensure_future(self.picture(url, field)) for url, field in fields.items()]
+        room = _Room(LARGE_PICTURES * self._settings.max_bytes)
+        fetching = [asyncio.ensure_future(self.picture(url, field, room)) for url, field in fields.items()]
         try:
             found = dict(zip(fields, await asyncio.gather(*fetching), strict=True))
         finally:
@@ -81,19 +88,23 @@ class Fetcher:
             await asyncio.gather(*fetching, return_exceptions=True)
         return {field: found[url] for field, url in addresses.items()}
 
-    async def picture(self, url: str, field: str = "image") -> bytes:
-        """The encoded picture at an address. Raises InvalidRequest naming the field, and Overloaded."""
-        address = self.address(url, field)
+    async def picture(self, url: str, field: str = "image", room: "_Room | None" = None) -> bytes:
+        """The encoded picture at an address, which takes its bytes of the request's room.
+
+        Raises InvalidRequest naming the field, and Overloaded.
+        """
+        address, most = self.address(url, field), self._settings.max_bytes
         async with self._turn():
             try:
                 async with asyncio.timeout(self._settings.timeout_s):
-                    return await self._picture(address)
+                    return await self._picture(address, room or _Room(most))
             except _FAULTS as fault:
                 _log_fault("GET", address, fault)
                 raise InvalidRequest(
                     field,
-                    "could not be fetched; it must be a PNG, JPEG, WebP or AVIF of at most "
-                    f"{self._settings.max_bytes} bytes, at a public address, there within {self._settings.timeout_s} s",
+                    f"could not be fetched; it must be a PNG, JPEG, WebP or AVIF of at most {most} bytes, "
+                    f"{LARGE_PICTURES * most} with the request's others, at a public address, there within "
+                    f"{self._settings.timeout_s} s",
                 ) from fault
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout_s: float) -> Response:
@@ -105,8 +116,8 @@ class Fetcher:
         try:
             async with asyncio.timeout(timeout_s), self._answer("POST", address, headers, body) as answer:
                 response = Response(answer.status, retry_after_s(_header(answer, b"retry-after")))
-                await _body(answer, MAX_ANSWER_BYTES)  # so that a server that is still sending sees no error
-        except _FAULTS as fault:
+                await _body(answer, _Room(MAX_ANSWER_BYTES))  # so that a server that still sends sees no error
+        except (*_FAULTS, Overloaded) as fault:
             if response is None:
                 _log_fault("POST", address, fault)
                 raise Unreachable("the address could not be reached") from fault
@@ -127,29 +138,34 @@ class Fetcher:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None, None]:
-        """One of the turns that there are at once. Raises Overloaded."""
-        try:
-            async with asyncio.timeout(TURN_S):
-                await self._turns.acquire()
-        except TimeoutError as full:
-            raise Overloaded(TURN_S, "too many pictures are being fetched") from full
-        try:
+        """One of the turns that there are at once, and of the caller's share of them. Raises Overloaded."""
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(TURN_S):
+                    for turns in (*self._own(current.get()), self._turns):
+                        await held.enter_async_context(turns)
+            except TimeoutError as full:
+                raise Overloaded(TURN_S, "too many pictures are being fetched") from full
             yield
-        finally:
-            self._turns.release()
 
-    async def _picture(self, address: httpx2.URL) -> bytes:
+    def _own(self, caller: Caller) -> tuple[asyncio.Semaphore, ...]:
+        """The turns that a caller may have. Without keys all callers are one, and have all."""
+        if caller == ANONYMOUS:
+            return ()
+        return (self._of_callers.setdefault(caller.id, asyncio.Semaphore(self._share)),)
+
+    async def _picture(self, address: httpx2.URL, room: "_Room") -> bytes:
         for _ in range(1 + MAX_REDIRECTS):
             async with self._answer("GET", address, {"accept": "image/*"}) as answer:
                 if answer.status not in _REDIRECTS:
-                    return await self._picture_in(answer)
+                    return await self._picture_in(answer, room)
                 address = self._next(address, _header(answer, b"location"))
         raise _Unusable(f"redirected more than {MAX_REDIRECTS} times")
 
-    async def _picture_in(self, answer: httpcore2.Response) -> bytes:
+    async def _picture_in(self, answer: httpcore2.Response, room: "_Room") -> bytes:
         if answer.status != 200:
             raise _Unusable(f"status {answer.status}")
-        body = await _body(answer, self._settings.max_bytes)
+        body = await _body(answer, _Room(self._settings.max_bytes), room)
         if not is_picture(body):
             raise _Unusable("not a picture")
         return body
@@ -177,15 +193,28 @@ class Fetcher:
             yield answer
 
 
-async def _body(answer: httpcore2.Response, max_bytes: int) -> bytes:
-    """The answer's body. Raises _Unusable once it exceeds the limit."""
+async def _body(answer: httpcore2.Response, *rooms: "_Room") -> bytes:
+    """The answer's body, which takes its bytes of every room. Raises _Unusable once one is full."""
     body = bytearray()
     async with aclosing(answer.aiter_stream()) as chunks:
         async for chunk in chunks:
+            for room in rooms:
+                room.take(len(chunk))
             body += chunk
-            if len(body) > max_bytes:
-                raise _Unusable(f"more than {max_bytes} bytes")
     return bytes(body)
+
+
+class _Room:
+    """How many bytes may still come."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._left = max_bytes, max_bytes
+
+    def take(self, size: int) -> None:
+        """Raises _Unusable where there are not so many."""
+        self._left -= size
+        if self._left < 0:
+            raise _Unusable(f"more than {self._max_bytes} bytes")
 
 
 def retry_after_s(value: str | None) -> float | None:

@@ -7,6 +7,7 @@ touched: the certificate is compared with the name, not with the address.
 
 import asyncio
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -14,11 +15,14 @@ from typing import Any, cast
 
 import httpcore2
 
+from models.errors import Overloaded
+
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # the addresses of a name; raises OSError or ValueError
 
-LOOKUPS = 64  # at once; one that hangs keeps its thread until the system gives up
+LOOKUPS = 64  # at once; one that hangs keeps its thread until the system gives up, also where nobody waits any more
+BUSY_S = 5.0  # after which a lookup may be asked for again
 DIALS = 3  # of a name's addresses: the first may be of a network that is not connected
 
 _GLOBAL_UNICAST = ip_network("2000::/3")  # all there is of the public internet in IPv6
@@ -56,14 +60,22 @@ def is_public(address: Address) -> bool:
 class Resolver:
     """The system's name resolution, in threads of its own: a lookup that hangs takes no thread from other work."""
 
-    def __init__(self):
-        self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="lookup")
+    def __init__(self, addresses: Callable[[str], list[str]] | None = None, at_once: int = LOOKUPS):
+        self._addresses = addresses or addresses_of
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="lookup")
+        self._free = threading.Semaphore(at_once)
 
     async def __call__(self, name: str) -> Sequence[str]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _addresses, name)
+        """The addresses of a name. Raises Overloaded where no thread is free: nobody waits behind those that hang."""
+        if not self._free.acquire(blocking=False):
+            raise Overloaded(BUSY_S, "too many names are being looked up")
+        lookup = self._threads.submit(self._addresses, name)
+        lookup.add_done_callback(lambda _: self._free.release())
+        return await asyncio.wrap_future(lookup)
 
 
-def _addresses(name: str) -> list[str]:
+def addresses_of(name: str) -> list[str]:
+    """What the system says. Blocks."""
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(where[0]) for *_, where in found))
 
@@ -71,7 +83,7 @@ def _addresses(name: str) -> list[str]:
 class Guard(httpcore2.AsyncNetworkBackend):
     """Dials what is public, and what the operator allows: `networks`, and `hosts`, whose addresses are trusted.
 
-    Its errors are those of httpcore2: Refused, ConnectError, ConnectTimeout.
+    Its errors are those of httpcore2, Refused, ConnectError, ConnectTimeout, and Overloaded.
     """
 
     def __init__(

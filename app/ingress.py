@@ -5,6 +5,7 @@
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -28,14 +29,17 @@ from app.keys import registry
 from app.keys.budgets import Budgets
 from app.metered import Metered
 from app.pictures import pictures
-from app.results import results
+from app.results.results import Results
 from app.service import Service
 from app.settings import CatalogueSettings, GatewaySettings
+from app.stores.store import Store
 from models.errors import HeliographError
 from models.request import warm_up_request
 
 WARM_UP_PAUSE_S = 1.0
 BODY_S = 120.0  # for a request's body to arrive: what is allowed at most takes 2.3 Mbit/s
+
+_log = logging.getLogger(__name__)
 
 DESCRIPTION = """Stable Diffusion served on Ray Serve.
 
@@ -56,30 +60,39 @@ class Gateway:
         self._migrated = False
         router, fetcher = Metered(Router(settings.request_timeout_s), self._budgets), Fetcher(settings.fetch)
         jobs = outbox = None
-        if settings.jobs is not None and settings.store is not None:
+        secret = stores.signing_secret(settings.secret_file)
+        self._store = None if settings.store is None else stores.opened(settings.store, secret)
+        if settings.jobs is not None and self._store is not None:
             bounds = Bounds(settings.jobs.max_waiting, settings.jobs.max_waiting_per_caller)
             kept, outbox = JobStore(self._database, bounds, payload), Outbox(self._database)
-            kept_in = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
-            jobs = Jobs(kept, kept_in, router.charge, fetcher.address)
-        drawn = results.opened(settings, self._database)
-        self._service = Service(router, fetcher if settings.fetch.pictures else None, drawn, jobs, outbox)
+            jobs = Jobs(kept, self._store, router.charge, fetcher.address)
+        self._results = Results(self._database, self._store, settings.keep_results_s)
+        fetching = fetcher if settings.fetch.pictures else None
+        self._service = Service(router, fetching, self._results, jobs, outbox, settings.request_timeout_s)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         wanted = self._settings.auth == "keys"
         keys = registry.opened(self._database, self._settings.secret_file) if wanted else None
         guard = Guard(self._settings.auth, keys, self._budgets)
-        return build(self._service, self._settings, self._readiness.reason, guard)
+        return build(self._service, self._settings, self._readiness.reason, guard, store=self._store)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
         if not self._migrated:
             await self._database.migrate()
             self._migrated = True
+            await self._mark_store()
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
         self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
         self._readiness.warm_up()
+
+    async def _mark_store(self) -> None:
+        try:
+            await self._results.mark()
+        except HeliographError as fault:  # pictures are drawn all the same, and the sweep tries again
+            _log.warning("the store is not marked: %s", fault)
 
 
 class Readiness:
@@ -125,10 +138,12 @@ def build(
     unready_reason: Callable[[], Awaitable[str | None]],
     guard: Guard | None = None,
     body_s: float = BODY_S,
+    store: Store | None = None,
 ) -> FastAPI:
     """The application: the configured dialects, health, errors, and the limits every request has to pass.
 
-    `guard` may be left out where there are no keys. A body has `body_s` seconds to arrive.
+    `guard` may be left out where there are no keys, and `store`, that of the settings, where it is not open yet. A body
+    has `body_s` seconds to arrive.
     """
     guarded = [Depends(guard or Guard(settings.auth))]
     app = FastAPI(title="Heliograph", description=DESCRIPTION, version="1", redoc_url=None, dependencies=guarded)
@@ -136,7 +151,7 @@ def build(
         app.include_router(dialects.load(name).routes(service))
     if settings.store is not None:
         secret = stores.signing_secret(settings.secret_file)
-        app.include_router(pictures(stores.opened(settings.store, secret), secret))
+        app.include_router(pictures(store or stores.opened(settings.store, secret), secret))
     _add_health(app, unready_reason)
     app.add_exception_handler(HeliographError, answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

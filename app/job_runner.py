@@ -22,12 +22,11 @@ from app.jobs.outbox import Outbox
 from app.jobs.runner import Pace, Runner
 from app.jobs.service import UPSCALER
 from app.jobs.store import JobStore
-from app.results import results
 from app.results.results import Results
 from app.service import Service
 from app.settings import CatalogueSettings, RunnerSettings
 from app.webhooks.deliverer import Deliverer
-from models.errors import Unavailable
+from models.errors import HeliographError
 from models.events import Finished, Progress
 from models.request import EffectiveRequest
 
@@ -45,11 +44,12 @@ class JobRunner:
         from app.router import Router  # the only thing here that needs Ray
 
         self._database = Database(settings.database)
-        self._results = results.opened(settings, self._database)
-        # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
-        self._service = Service(Router(settings.request_timeout_s, attempts=1), results=self._results)
-        jobs = JobStore(self._database, payload=payload)
         pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
+        self._results = Results(self._database, pictures, settings.keep_results_s)
+        # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
+        router = Router(settings.request_timeout_s, attempts=1)
+        self._service = Service(router, results=self._results, patience_s=settings.request_timeout_s)
+        jobs = JobStore(self._database, payload=payload)
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(
             at_once=settings.max_running,
@@ -97,7 +97,7 @@ def drawing(service: Service) -> Draw:
     """The service as a maker sees it, who stands below it."""
 
     async def draw(request: EffectiveRequest, cache: bool) -> AsyncGenerator[DrawEvent, None]:
-        async with aclosing(service.stream(request, cache=cache)) as events:
+        async with aclosing(service.stream(request, cache=cache, shared=True)) as events:
             async for event in events:
                 match event:
                     case GenerationResult():
@@ -114,8 +114,8 @@ async def keep_house(kept: Results) -> None:
     while True:
         try:
             await kept.keep_house()
-        except (Unavailable, TimeoutError) as away:
-            _log.warning("the store is not swept: %s", away)
+        except (HeliographError, TimeoutError) as fault:
+            _log.warning("the store is not swept: %s", fault)
         await asyncio.sleep(HOUSE_S)
 
 

@@ -1,17 +1,20 @@
 """A receipt's request drawn again, and whether the same came of it."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from app.drawing import GenerationResult
 from app.results import receipt as receipts
-from app.results.results import Result
+from app.results.results import Result, Results
 from app.service import Service
 from models import document
 from models.errors import InvalidRequest, NotFound, Unavailable
 from models.events import Finished
+from models.request import EffectiveRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,8 @@ async def replay(service: Service, owner: str, receipt_id: str) -> Replay:
     """
     results = service.results
     first = await results.get(owner, receipt_id)
-    told = first.receipt["request"]
-    if "revision" not in first.receipt:
-        raise InvalidRequest("receipt_id", "is of an enlargement, whose small picture is not kept: enlarge it again")
-    pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
-    request = replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None)
-    again = await service.generate(request, cache=False)
+    _check(first)
+    again = await service.generate(await _request(results, first), cache=False)
     try:
         files: tuple[bytes | None, ...] = await results.files(first) if first.keys else ()
     except (NotFound, Unavailable):
@@ -53,17 +52,37 @@ async def replay(service: Service, owner: str, receipt_id: str) -> Replay:
     return Replay(result=again, images=images, changed=_changed(first, again))
 
 
+def _check(first: Result) -> None:
+    """Raises InvalidRequest for what no request draws again."""
+    if "revision" not in first.receipt:
+        raise InvalidRequest("receipt_id", "is of an enlargement, whose small picture is not kept: enlarge it again")
+    if len({image.get("stop_at_step") for image in first.receipt["images"]}) > 1:
+        raise InvalidRequest(
+            "receipt_id", "is of pictures that were ended at different steps: no one request draws them"
+        )
+
+
+async def _request(results: Results, first: Result) -> EffectiveRequest:
+    """The receipt's request, with its pictures. Raises InvalidRequest where they have gone or it cannot be read."""
+    told = first.receipt["request"]
+    try:
+        pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
+        return replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None)
+    except (TypeError, KeyError) as other:
+        raise InvalidRequest("receipt_id", "another version wrote this receipt") from other
+
+
 def _compared(first: Result, files: tuple[bytes | None, ...], again: GenerationResult) -> tuple[Replayed, ...]:
     return tuple(
-        _compare(told["pixels_sha256"], file, image)
+        _compare(told, file, image)
         for told, file, image in zip(first.receipt["images"], files, again.images, strict=True)
     )
 
 
-def _compare(pixels_sha256: str, file: bytes | None, image: Finished) -> Replayed:
-    if receipts.pixels_sha256(image.data) == pixels_sha256:
+def _compare(told: Mapping[str, Any], file: bytes | None, image: Finished) -> Replayed:
+    if receipts.pixels_sha256(image.data) == told["pixels_sha256"]:
         return Replayed(image=image, identical=True, max_difference=0)
-    if file is None:
+    if file is None or not receipts.is_intact(told, file):
         return Replayed(image=image, identical=False, max_difference=None)
     before, after = (receipts.pixels(data).astype(np.int16) for data in (file, image.data))
     return Replayed(image=image, identical=False, max_difference=int(np.abs(before - after).max()))

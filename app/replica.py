@@ -150,7 +150,7 @@ class Chain:
         request, began = self._request, time.monotonic()
         assert request.upscale is not None
         try:
-            one = request.sample(picture.index)
+            one = replace(request.sample(picture.index), stop_at_step=picture.stop_at_step or request.stop_at_step)
             # Hashes the input pictures, which may be large.
             text = await asyncio.to_thread(metadata.write, one, picture.revision, request.metadata)
             async with asyncio.timeout(UPSCALING_TIMEOUT_S), self._one_by_one:

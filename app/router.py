@@ -149,7 +149,8 @@ class Router:
             async with running.patience():
                 handle = await self._handle(model)
             accepted = running.accepted
-            response = handle.generate.remote(running.request, progress, id)
+            sent = running.request
+            response = handle.generate.remote(sent, progress, id)
             while True:
                 async with running.patience():
                     event = await anext(response, None)
@@ -157,7 +158,7 @@ class Router:
                     return
                 if isinstance(event, Admitted) and running.accepted and not accepted:  # while no replica knew of it
                     await self.end("accept", id)
-                yield event
+                yield running.told(event, sent)
         except RayActorError:
             raise
         except (RayError, RayServeException) as fault:

@@ -70,6 +70,16 @@ class Running:
             return self._admitted
         return not isinstance(event, Failed) and event.index in self._delivered
 
+    def told(self, event: ReplicaEvent, sent: EffectiveRequest) -> ReplicaEvent:
+        """The event, where a replica was sent less than what was asked for as well: it knows of no early end."""
+        if (
+            isinstance(event, Finished)
+            and event.stop_at_step is None
+            and sent.stop_at_step != self._request.stop_at_step
+        ):
+            return replace(event, stop_at_step=sent.stop_at_step)
+        return event
+
     def note(self, event: ReplicaEvent) -> None:
         """Remembers what has been told."""
         match event:

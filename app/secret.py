@@ -45,5 +45,15 @@ def _make(path: Path) -> None:
             os.fsync(file.fileno())
         with suppress(FileExistsError):
             os.link(draft, path)
+        _sync(path.parent)  # also where another process was first, and may not have come this far yet
     finally:
         os.unlink(draft)
+
+
+def _sync(folder: Path) -> None:
+    """Writes the entries of a folder to the disk: a secret that a crash takes back has signed what nobody can check."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

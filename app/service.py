@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.cache import PATIENCE_S, Flights, fingerprint_aside, is_repeatable
-from app.drawing import Drawing, GenerationResult, StreamEvent
+from app.cache import Flights, fingerprint_aside, is_repeatable
+from app.drawing import Drawing, GenerationResult, StreamEvent, told_at_once
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.jobs.job import Submission
 from app.jobs.outbox import Outbox
@@ -20,13 +20,14 @@ from app.origin import Needs, Origin
 from app.results.keeping import keep_enlarged
 from app.results.results import Results
 from models.card import ModelCard
-from models.errors import GenerationFailed, InvalidRequest, NotFound
+from models.errors import GenerationFailed, InvalidRequest, NotFound, Unavailable
 from models.images import ImageFormat
-from models.limits import DEADLINE_S
 from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from models.upscaler_card import UpscalerCard
 
+REQUEST_S = 600.0  # that a request may take, unless said
+GONE_RETRY_S = 1.0  # there is nothing to wait for: they are made anew
 _ID = re.compile("[0-9a-f]{32}")
 
 
@@ -87,13 +88,16 @@ class Service:
         results: Results | None = None,
         jobs: Jobs | None = None,
         outbox: Outbox | None = None,
+        patience_s: float = REQUEST_S,
     ):
+        """`patience_s` is how long a request waits for the same one of another."""
         self._router = router
         self._fetcher = fetcher
         self._results = results
         self._jobs, self._outbox = jobs, outbox
         self._drawing = Drawing(router, results)
         self._flights: Flights[GenerationResult] = Flights()
+        self._patience_s = patience_s
         self._cards: dict[str, ModelCard] = {}
         self._default_model = ""
         self._adapters: Callable[[], Sequence[AdapterDescription]] = tuple
@@ -139,11 +143,14 @@ class Service:
         if self._results is None or not self._results.stores:
             raise InvalidRequest("response", "must be base64: this server keeps no pictures (`store`)")
 
-    async def urls(self, result: GenerationResult) -> tuple[str, ...]:
-        """Addresses of a result's pictures. Raises Unavailable where they could not be stored."""
-        if not result.keys and result.fault is not None:
-            raise result.fault
-        return await self.results.addresses(result.keys)
+    async def urls(self, result: GenerationResult | Upscaled) -> tuple[str, ...]:
+        """Addresses of a result's pictures. Raises Unavailable where they could not be stored, or have just gone."""
+        if not result.keys:
+            raise result.fault or Unavailable(GONE_RETRY_S, "the pictures were not stored; send the request again")
+        try:
+            return await self.results.addresses(result.keys)
+        except NotFound as gone:
+            raise Unavailable(GONE_RETRY_S, "the pictures have just been removed; send the request again") from gone
 
     async def generate(self, request: GenerationRequest, *, cache: bool = True, urls: bool = False) -> GenerationResult:
         """Makes all pictures of a request. Raises the errors of models/errors.py.
@@ -152,36 +159,55 @@ class Service:
         for `urls` they are stored in any case.
         """
         began, wanted = time.monotonic(), await self.resolve(request)
-        again = cache and is_repeatable(request)
-
-        async def work() -> GenerationResult:
-            return await _last(self._drawing.events(_hurried(wanted, began), False, again, urls))
-
-        if not again:
-            return await work()
-        about = f"{current.get().id} {await fingerprint_aside(wanted)}"
-        result, joined = await self._flights.join(about, work, wanted.deadline_s or PATIENCE_S)
-        if not joined:
-            return result
-        mine = {"id": uuid.uuid4().hex, "created": int(time.time()), "total_s": time.monotonic() - began}
-        return replace(result, cached=True, **mine)
+        if cache and is_repeatable(request):
+            return await _last(self._shared(wanted, began, False, urls))
+        return await _last(self._drawing.events(wanted, began, False, False, urls))
 
     async def stream(
-        self, request: GenerationRequest, *, progress: bool = True, cache: bool = True, urls: bool = False
+        self,
+        request: GenerationRequest,
+        *,
+        progress: bool = True,
+        cache: bool = True,
+        urls: bool = False,
+        shared: bool = False,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult.
 
-        It waits for nobody else's drawing; else it is as `generate`.
+        Unless it is `shared` it waits for nobody else's drawing, and nobody for it: who listens may be slow. Else it
+        is as `generate`.
         """
-        wanted = await self.resolve(request)
-        async with aclosing(self._drawing.events(wanted, progress, cache and is_repeatable(request), urls)) as events:
+        began, wanted = time.monotonic(), await self.resolve(request)
+        again = cache and is_repeatable(request)
+        if again and shared:
+            events = self._shared(wanted, began, progress, urls)
+        else:
+            events = self._drawing.events(wanted, began, progress, again, urls)
+        async with aclosing(events):
             async for event in events:
                 yield event
 
-    async def keep_upscaled(self, upscaled: Upscaled, wanted: Upscale) -> str:
-        """The address of an enlarged picture, which is stored for it. Raises Unavailable."""
-        keys = await keep_enlarged(self.results, current.get().id, upscaled, wanted)
-        return (await self.results.addresses(keys))[0]
+    async def _shared(
+        self, wanted: EffectiveRequest, began: float, progress: bool, urls: bool
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a request that may be another's at the same time: of those who ask at a time, one draws.
+
+        What others get is whole; who joins has a request of their own, which may have been ordered otherwise.
+        """
+        about = f"{current.get().id} {await fingerprint_aside(wanted)}"
+        patience_s = min(wanted.deadline_s or self._patience_s, self._patience_s)
+        result = await self._flights.joined(about, patience_s)
+        if result is not None:
+            mine = {"id": uuid.uuid4().hex, "created": int(time.time()), "total_s": time.monotonic() - began}
+            for event in told_at_once(replace(result, request=wanted, cached=True, **mine)):
+                yield event
+            return
+        with self._flights.lead(about) as flight:
+            async with aclosing(self._drawing.events(wanted, began, progress, True, urls)) as events:
+                async for event in events:
+                    if isinstance(event, GenerationResult) and event.whole:
+                        flight.set_result(event)
+                    yield event
 
     @property
     def upscaling_models(self) -> tuple[str, ...]:
@@ -220,12 +246,19 @@ class Service:
         await asyncio.to_thread(card.check, picture, wanted.scale, format)
         return await self.jobs.submit_upscale(picture, wanted, format, delivery)
 
-    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat) -> Upscaled:
-        """The encoded picture, enlarged, in that format. Raises the errors of models/errors.py."""
+    async def upscale(self, picture: bytes, wanted: Upscale, format: ImageFormat, *, urls: bool = False) -> Upscaled:
+        """The encoded picture, enlarged, in that format, with its receipt; for `urls` it is stored.
+
+        Raises the errors of models/errors.py.
+        """
         card = self.upscaler
         wanted = card.resolve(wanted)
         await asyncio.to_thread(card.check, picture, wanted.scale, format)  # before it is sent anywhere
-        return await self._router.upscale(picture, wanted, format)
+        upscaled = await self._router.upscale(picture, wanted, format)
+        if self._results is None:
+            return upscaled
+        kept = await keep_enlarged(self._results, current.get().id, upscaled, wanted, pictures=urls)
+        return replace(upscaled, **vars(kept))
 
     @property
     def upscaler(self) -> UpscalerCard:
@@ -285,10 +318,3 @@ async def _last(events: AsyncGenerator[StreamEvent, None]) -> GenerationResult:
             if isinstance(event, GenerationResult):
                 return event
     raise GenerationFailed("engine_fault", "the engine stopped answering before the pictures were finished")
-
-
-def _hurried(request: EffectiveRequest, began: float) -> EffectiveRequest:
-    """The request with the time that is left of its deadline."""
-    if request.deadline_s is None:
-        return request
-    return replace(request, deadline_s=max(DEADLINE_S.low, request.deadline_s - (time.monotonic() - began)))

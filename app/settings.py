@@ -203,6 +203,8 @@ AuthMode = Literal["loopback", "keys", "open"]
 
 
 KEEP_RESULTS_S = 7 * 24 * 3600.0  # receipts, stored pictures, and with them what the cache finds
+# Not less than addresses of pictures last.
+KeepResults = Annotated[float, Field(ge=3600, allow_inf_nan=False)]
 
 
 class FolderSettings(Strict):
@@ -242,7 +244,7 @@ class GatewaySettings(Strict):
     database: str = "sqlite:///data/heliograph.db"
     secret_file: str = "data/secret"
     store: FolderSettings | S3Settings | None = Field(default=None, discriminator="kind")
-    keep_results_s: Positive = KEEP_RESULTS_S
+    keep_results_s: KeepResults = KEEP_RESULTS_S
     jobs: QueueSettings | None = None
 
     @model_validator(mode="after")
@@ -261,7 +263,7 @@ class RunnerSettings(Strict):
     database: str
     secret_file: str
     store: FolderSettings | S3Settings = Field(discriminator="kind")
-    keep_results_s: Positive = KEEP_RESULTS_S
+    keep_results_s: KeepResults = KEEP_RESULTS_S
     fetch: FetchSettings = FetchSettings()
     request_timeout_s: Positive = 600.0
     max_running: int = Field(default=8, ge=1, description="jobs of one model that a runner works on at a time")

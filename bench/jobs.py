@@ -1,4 +1,4 @@
-"""`python -m bench.jobs`: what a look at a job and the job store's methods cost with 10 and with 10,000 jobs waiting."""
+"""`python -m bench.jobs`: what looks at jobs and the job store's methods cost with 10 and with 10,000 jobs waiting."""
 
 import asyncio
 import os

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from models.autoencoder import Autoencoder, to_bytes
 from models.errors import GenerationFailed
 from models.events import Finished, Timings
 from models.images import encode
-from models.sequence import Sequence
+from models.sequence import NEVER, Sequence
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
 
@@ -63,7 +64,8 @@ class Delivery:
 
 def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finished:
     """The encoded picture of (3, h, w) in 0..1; what is no picture is a typed failure, never a black one."""
-    request, array = sequence.request, to_bytes(picture)
+    ended, array = _ended(sequence), to_bytes(picture)
+    request = sequence.request if ended is None else replace(sequence.request, stop_at_step=ended)
     if picture.min() == picture.max():
         raise GenerationFailed("constant_picture", "the picture came out in one flat colour")
     width, height = request.largest  # what an upscaling model was shown may reach beyond it
@@ -86,4 +88,11 @@ def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finishe
         ),
         prompts=sequence.reports,
         warnings=tuple(sequence.warnings),
+        stop_at_step=ended,
     )
+
+
+def _ended(sequence: Sequence) -> int | None:
+    """The step at which a sequence was made to end before its time."""
+    planned = min(sequence.request.stop_at_step or NEVER, sum(len(phase.tape) for phase in sequence.phases))
+    return sequence.step if sequence.step < planned else None

@@ -39,7 +39,10 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """Picture `index` of the request, encoded in the format asked for; `prompts` tells how each was read."""
+    """Picture `index` of the request, encoded in the format asked for; `prompts` tells how each was read.
+
+    `stop_at_step` is the step at which somebody had it end before its time, None where it ended as the request says.
+    """
 
     index: int
     seed: int
@@ -51,6 +54,7 @@ class Finished:
     timings: Timings
     prompts: Mapping[str, PromptReport] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    stop_at_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

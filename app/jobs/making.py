@@ -137,7 +137,8 @@ class Maker:
         picture = await self._pictures.get(request.key)
         upscaled = await self._enlarge(picture, request.upscale, request.output_format)
         await self._tell(attempt, partial(outputs.keep_upscaled, self._pictures, *_place(attempt), upscaled))
-        return {"created": int(time.time()), "total_s": time.monotonic() - began}
+        told = {"created": int(time.time()), "receipt_id": upscaled.receipt_id}
+        return told | {"total_s": time.monotonic() - began}
 
     async def _tell(self, attempt: Attempt, keep: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
         """Keeps a picture and tells the job of it. The database may be away for a while; heartbeats say if for long."""

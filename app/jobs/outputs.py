@@ -29,7 +29,8 @@ async def keep(store: Store, job_id: str, attempt: int, picture: Finished) -> di
 
 def finished(output: Mapping[str, Any], data: bytes = b"") -> Finished:
     """The picture that `keep` stored, with its bytes where they are at hand."""
-    values: dict[str, Any] = {field.name: output[field.name] for field in fields(Finished) if field.name != "data"}
+    known = (field.name for field in fields(Finished) if field.name != "data")
+    values: dict[str, Any] = {name: output[name] for name in known if name in output}  # an older one says less
     values["warnings"] = tuple(values["warnings"])
     values["timings"] = Timings(**values["timings"])
     values["prompts"] = {name: PromptReport(**report) for name, report in values["prompts"].items()}

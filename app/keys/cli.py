@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
+
+from app.config_option import CONFIG, Config, console
 
 if TYPE_CHECKING:
     from app.keys.registry import Key, Keys
@@ -14,12 +15,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 keys_app = typer.Typer(no_args_is_help=True, help="Who may call the server.")
-console = Console(stderr=True)
 
 DAY_S, HOUR_S = 86400.0, 3600.0
-
-Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration that names database and secret.")]
-DEFAULT_CONFIG = Path("serve_config.yaml")
 
 
 @keys_app.command()
@@ -30,7 +27,7 @@ def create(
     requests_per_minute: int | None = None,
     pixel_steps_per_minute: Annotated[int | None, typer.Option(help="Width x height x steps x pictures.")] = None,
     concurrent_jobs: Annotated[int | None, typer.Option(help="Requests that may run at a time.")] = None,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Make a key. It is printed this once; the server keeps only a keyed hash of it."""
     from app.keys.caller import Limits
@@ -48,21 +45,21 @@ def create(
 def rotate(
     id: Annotated[str, typer.Argument(help="The old key's id, from the list.")],
     overlap_hours: Annotated[float, typer.Option(help="How long the old key stays valid.")] = 24.0,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Make a new key for the caller of an old one, which stays valid for a while."""
     _show(*_run(config, lambda keys: keys.rotate(id, overlap_hours * HOUR_S)))
 
 
 @keys_app.command()
-def revoke(id: Annotated[str, typer.Argument(help="From the list.")], config: Config = DEFAULT_CONFIG) -> None:
+def revoke(id: Annotated[str, typer.Argument(help="From the list.")], config: Config = CONFIG) -> None:
     """End a key now. Other keys of the same caller stay valid."""
     key = _run(config, lambda keys: keys.revoke(id))
     console.print(f"{key.id} ({key.name}) is revoked", highlight=False, markup=False)
 
 
 @keys_app.command("list")
-def list_keys(config: Config = DEFAULT_CONFIG) -> None:
+def list_keys(config: Config = CONFIG) -> None:
     """Every key: whose it is, what it may do, from when and until when. Never the key itself."""
     now, found = _run(config, lambda keys: keys.list())
     for key in found:

@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from app.cache import fingerprint_aside
 from app.events import Upscaled
@@ -35,17 +37,27 @@ async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictu
         fault = full
     about = await fingerprint_aside(drawn.request, drawn.origin) if again and keys else None
     receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
+    return await _recorded(results, owner, receipt, Kept(receipt_id=id, keys=keys, fault=fault), about)
+
+
+async def keep_enlarged(results: Results, owner: str, enlarged: Upscaled, wanted: Upscale, *, pictures: bool) -> Kept:
+    """The same for a picture that was enlarged, which is stored where `pictures` asks for it."""
+    id, keys, fault = new_id(), (), None
     try:
-        await results.record(owner, receipt, keys, about)
+        if pictures:
+            keys = await results.put(id, [enlarged])
+    except Unavailable as full:
+        fault = full
+    receipt = await asyncio.to_thread(receipts.compose_enlarged, id, int(time.time()), enlarged, wanted)
+    return await _recorded(results, owner, receipt, Kept(receipt_id=id, keys=keys, fault=fault))
+
+
+async def _recorded(
+    results: Results, owner: str, receipt: Mapping[str, Any], kept: Kept, about: str | None = None
+) -> Kept:
+    """What has become of a result whose pictures are stored, once its receipt is written down, or cannot be."""
+    try:
+        await results.record(owner, receipt, kept.keys, about)
     except Unavailable as away:
         return Kept(fault=away)
-    return Kept(receipt_id=id, keys=keys, fault=fault)
-
-
-async def keep_enlarged(results: Results, owner: str, enlarged: Upscaled, wanted: Upscale) -> tuple[str, ...]:
-    """Keeps a picture that was enlarged, and gives its key. Raises Unavailable."""
-    id = new_id()
-    keys = await results.put(id, [enlarged])
-    receipt = await asyncio.to_thread(receipts.compose_enlarged, id, int(time.time()), enlarged, wanted)
-    await results.record(owner, receipt, keys)
-    return keys
+    return kept

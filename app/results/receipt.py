@@ -10,6 +10,7 @@ import numpy as np
 from app.events import Upscaled
 from app.origin import Origin
 from models import document
+from models.errors import InvalidRequest, NotFound
 from models.events import Finished, Timings
 from models.images import Picture
 from models.metadata import named
@@ -62,7 +63,26 @@ def compose_enlarged(id: str, created: int, enlarged: Upscaled, wanted: Upscale)
 
 
 def images(receipt: Mapping[str, Any], files: Sequence[bytes]) -> tuple[Finished, ...]:
-    """The pictures of a receipt as an engine would give them that takes no time, with the bytes of their files."""
+    """The pictures of a receipt as an engine would give them that takes no time, with the bytes of their files.
+
+    Hashes the files: not for an event loop. Raises NotFound where a file is not the one that was kept, InvalidRequest
+    for a receipt that another version wrote.
+    """
+    try:
+        damaged = [not is_intact(image, data) for image, data in zip(receipt["images"], files, strict=True)]
+        if any(damaged):
+            raise NotFound(f"picture {damaged.index(True)} of receipt {receipt['receipt_id']} is damaged")
+        return _images(receipt, files)
+    except (TypeError, KeyError, ValueError) as other:
+        raise InvalidRequest("receipt_id", "another version wrote this receipt") from other
+
+
+def is_intact(image: Mapping[str, Any], data: bytes) -> bool:
+    """Whether a file is the one that stands in a receipt's entry."""
+    return hashlib.sha256(data).hexdigest() == image["sha256"]
+
+
+def _images(receipt: Mapping[str, Any], files: Sequence[bytes]) -> tuple[Finished, ...]:
     prompts = {field: PromptReport(**report) for field, report in receipt["prompts"].items()}
     return tuple(
         Finished(
@@ -92,7 +112,8 @@ def pixels_sha256(encoded: bytes) -> str:
 
 
 def _described(image: Finished) -> dict[str, Any]:
-    return {"index": image.index, "seed": image.seed} | _file(image)
+    ended = {} if image.stop_at_step is None else {"stop_at_step": image.stop_at_step}
+    return {"index": image.index, "seed": image.seed} | ended | _file(image)
 
 
 def _file(image: Finished | Upscaled) -> dict[str, Any]:

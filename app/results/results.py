@@ -16,14 +16,15 @@ from sqlalchemy import Row, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import stores
-from app.database import Database, clock
+from app.database import Database, clock, one_at_a_time
 from app.events import Upscaled
 from app.jobs.inputs import FOLDER as INPUTS
 from app.jobs.store import JobStore
-from app.results.table import results
+from app.jobs.tables import jobs
+from app.results.table import places, results
 from app.settings import GatewaySettings, RunnerSettings
 from app.stores.store import Store, StoreUnavailable
-from app.stores.sweep import sweep
+from app.stores.sweep import mark, may_sweep, sweep
 from models import document, images
 from models.errors import InvalidRequest, NotFound, Unavailable
 from models.events import Finished
@@ -97,12 +98,13 @@ class Results:
         await self._database.write(work)
 
     async def find(self, owner: str, fingerprint: str) -> Result | None:
-        """The newest result of an owner with that fingerprint."""
+        """The newest result of an owner with that fingerprint, while addresses of its pictures have all their time."""
         if self._store is None:
             return None
         mine = (results.c.owner == owner) & (results.c.fingerprint == fingerprint)
         newest = select(results).where(mine).order_by(results.c.created_at.desc()).limit(1)
-        return await self._database.read(lambda connection: _one(connection, newest))
+        found = await self._database.read(lambda connection: _one(connection, newest))
+        return found if found is not None and found.expires_s >= ADDRESS_S else None
 
     async def get(self, owner: str, id: str) -> Result:
         """A result of an owner's. Raises NotFound."""
@@ -117,9 +119,12 @@ class Results:
         return tuple(await asyncio.gather(*(self._store_or_refuse().get(key) for key in result.keys)))
 
     async def input(self, result: Result, name: Mapping[str, Any]) -> Picture:
-        """The input picture that stands in the receipt's request like that. Raises InvalidRequest where it has gone."""
+        """The input picture that stands in the receipt's request like that. Raises InvalidRequest where it has gone, or
+        was never kept."""
+        if self._store is None:
+            raise InvalidRequest("receipt_id", "its input pictures are not kept: this server has no `store`")
         try:
-            packed = await self._store_or_refuse().get(f"{FOLDER}/{result.id}/{name['sha256']}")
+            packed = await self._store.get(f"{FOLDER}/{result.id}/{name['sha256']}")
         except NotFound as gone:
             raise InvalidRequest("receipt_id", "its input pictures are no longer kept") from gone
         return await asyncio.to_thread(Picture.from_bytes, packed)
@@ -129,13 +134,24 @@ class Results:
         store, seconds = self._store_or_refuse(), int(max(1, min(lasts_s, ADDRESS_S)))
         return tuple(await asyncio.gather(*(store.url(key, seconds) for key in keys)))
 
+    async def mark(self) -> None:
+        """Says in the store that this database keeps pictures there, so that no other one sweeps them."""
+        if self._store is not None:
+            id, _ = await self._database.write(_identity)
+            await mark(self._store, id)
+
     async def keep_house(self) -> Swept:
         """Removes results whose time is over, and what lies in the store without an owner. For a loop, every hour or
-        so; several may run at once."""
+        so; several may run at once.
+
+        Raises InvalidRequest where the store is not this database's alone: then nothing in it is without an owner.
+        """
+        id, knows = await self._database.write(_identity)
         gone = 0
         while pruned := await self._prune():
             gone += pruned
-        return Swept(results=gone, objects=0 if self._store is None else await sweep(self._store, self._owned))
+        ours = self._store is not None and await may_sweep(self._store, id, knows)
+        return Swept(results=gone, objects=await sweep(self._store_or_refuse(), self._owned) if ours else 0)
 
     async def _prune(self) -> int:
         """Rows first: what a crash leaves behind then has no owner, and the sweep finds it."""
@@ -197,6 +213,17 @@ def new_id() -> str:
 def _inputs(request: EffectiveRequest) -> dict[str, bytes]:
     """The input pictures without loss, by the hash of their pixels."""
     return {named(one)["sha256"]: images.encode(one.array(), "png") for one in document.pictures(request)}
+
+
+async def _identity(connection: AsyncConnection) -> tuple[str, bool]:
+    """The database's id, and whether it knows of any result or job."""
+    await one_at_a_time(connection, "identity")
+    id = await connection.scalar(select(places.c.id))
+    if id is None:
+        id = new_id()
+        await connection.execute(insert(places).values(id=id))
+    known = select(results.c.id).exists() | select(jobs.c.id).exists()
+    return id, bool(await connection.scalar(select(known)))
 
 
 async def _one(connection: AsyncConnection, query: Any) -> Result | None:

@@ -1,4 +1,4 @@
-"""The table of results. Times are seconds since 1970 by the database's clock."""
+"""The tables of results, and of the database's own id. Times are seconds since 1970 by the database's clock."""
 
 from sqlalchemy import JSON, Column, Double, Index, String, Table, Text
 
@@ -16,3 +16,6 @@ results = Table(
     Column("expires_at", Double, nullable=False, index=True),
     Index("ix_results_fingerprint", "owner", "fingerprint", "created_at"),
 )
+
+# One row: which database this is, to the stores that its pictures are kept in.
+places = Table("places", metadata, Column("id", String(32), primary_key=True))

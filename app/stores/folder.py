@@ -31,6 +31,7 @@ DRAFTS = ".drafts"
 DRAFT_AGE_S = 3600.0  # no put takes that long, so its process is gone
 SUFFIX = ".object"
 LISTED_AT_ONCE = 500
+MOVES = 10  # of a draft to its place, while others remove the folder
 
 _TYPES = {f".{ending}": content_type for content_type, ending in CONTENT_TYPES.items()}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,8 +61,8 @@ class Folder:
     async def delete(self, key: str) -> None:
         await _aside(self._remove, key)
 
-    async def list(self, older_than_s: float) -> AsyncIterator[str]:
-        keys = self._walk(time.time() - older_than_s)
+    async def list(self, older_than_s: float, folder: str = "") -> AsyncIterator[str]:
+        keys = self._walk(self._root / folder, time.time() - older_than_s)
         while some := await _aside(lambda: [*islice(keys, LISTED_AT_ONCE)]):
             for key in some:
                 yield key
@@ -82,8 +83,7 @@ class Folder:
         try:
             _write_through(draft / f"{wanted.sha256}.{CONTENT_TYPES[wanted.content_type]}", data)
             _sync(draft)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft.rename(place)
+            _move(draft, place)
         except OSError as fault:
             if fault.errno not in _OCCUPIED:
                 raise
@@ -92,7 +92,8 @@ class Folder:
             shutil.rmtree(draft, ignore_errors=True)  # gone already where all went well
         # Also where another writer was first, who may not have come this far yet.
         for folder in place.parents[: len(wanted.key.split("/"))]:
-            _sync(folder)
+            with suppress(FileNotFoundError):  # somebody has deleted the object again, and with it the folder
+                _sync(folder)
 
     def _read(self, key: str, span: Span | None) -> bytes:
         path = self._file(key)
@@ -126,13 +127,18 @@ class Folder:
             place.rename(gone)
             _sync(place.parent)
             shutil.rmtree(gone)
+        with suppress(OSError):  # a folder that holds something else stays, and so do those above it
+            for folder in place.parents[: key.count("/")]:
+                folder.rmdir()
 
-    def _walk(self, before: float) -> Iterator[str]:
-        for folder, inside, _ in os.walk(self._root):
+    def _walk(self, start: Path, before: float) -> Iterator[str]:
+        for folder, inside, _ in os.walk(start):
             objects = [name for name in inside if name.endswith(SUFFIX)]
             inside[:] = [name for name in inside if not name.endswith(SUFFIX) and name != DRAFTS]
             for name in objects:
                 key = str(Path(folder, name).relative_to(self._root)).removesuffix(SUFFIX)
+                if not store.KEY.fullmatch(key):  # somebody else's
+                    continue
                 with suppress(FileNotFoundError, NotFound):  # deleted at this moment
                     if self._file(key).stat().st_mtime < before:
                         yield key
@@ -159,6 +165,18 @@ async def _aside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if fault.errno in _NO_ROOM:
             raise StorageFull() from fault
         raise StoreUnavailable(message=f"the folder for pictures fails: {fault.strerror}") from fault
+
+
+def _move(draft: Path, place: Path) -> None:
+    """Renames a draft to its place, whose folder may be removed at this moment: it has just become empty."""
+    for last in (*[False] * (MOVES - 1), True):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft.rename(place)
+            return
+        except FileNotFoundError:
+            if last:
+                raise
 
 
 def _write_through(path: Path, data: bytes) -> None:

@@ -89,9 +89,9 @@ class S3:
         store.check_key(key)
         await self._answered(obstore.delete_async(self._bucket, key), key)
 
-    async def list(self, older_than_s: float) -> AsyncIterator[str]:
+    async def list(self, older_than_s: float, folder: str = "") -> AsyncIterator[str]:
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
-        pages = obstore.list(self._bucket)
+        pages = obstore.list(self._bucket, prefix=folder or None)
         while page := await self._answered(anext(pages, None)):
             for found in page:
                 # What is not named like ours is somebody else's, and must not look like an orphan.

@@ -87,8 +87,8 @@ class Store(Protocol):
         """Removes the object; where there is none, nothing happens."""
         ...
 
-    def list(self, older_than_s: float) -> AsyncIterator[str]:
-        """The keys of all objects that were written longer ago than that."""
+    def list(self, older_than_s: float, folder: str = "") -> AsyncIterator[str]:
+        """The keys of all objects that were written longer ago than that; those that begin with `folder/`, if said."""
         ...
 
     async def url(self, key: str, expires_s: int) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
+from app.config_option import CONFIG, Config, console
 from app.keys.caller import ANONYMOUS
 from models.errors import InvalidRequest, NotFound
 
@@ -17,19 +17,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 webhooks_app = typer.Typer(no_args_is_help=True, help="Webhooks: dead letters, secrets, addresses switched off.")
-console = Console(stderr=True)
 
 PAGE, HOUR_S = 200, 3600.0
 
-Config = Annotated[Path, typer.Option("--config", "-c", help="The configuration that names the database.")]
 Owner = Annotated[str, typer.Option(help="The caller's id, from `heliograph keys list`; without keys, all are one.")]
 OneOwner = Annotated[str | None, typer.Option("--owner", help="Only this caller's.")]
 Url = Annotated[str, typer.Argument(help="An address; without one, the secret of all that have none of their own.")]
-DEFAULT_CONFIG = Path("serve_config.yaml")
 
 
 @webhooks_app.command()
-def dead(owner: OneOwner = None, config: Config = DEFAULT_CONFIG) -> None:
+def dead(owner: OneOwner = None, config: Config = CONFIG) -> None:
     """List what nobody took, the oldest first: on two lines each, and the id is the first word."""
     for letter in _run(config, lambda outbox: _all_dead(outbox, owner)):
         print(f"{letter.id}  {letter.event:9} {letter.url}")
@@ -41,7 +38,7 @@ def replay(
     id: Annotated[list[str] | None, typer.Argument(help="From the list; several may be given.")] = None,
     all: Annotated[bool, typer.Option("--all", help="Every dead letter instead.")] = False,
     owner: OneOwner = None,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Send dead letters again. What cannot be is told, and the others are sent."""
     if bool(id) == all:
@@ -75,7 +72,7 @@ async def _refusal(outbox: "Outbox", id: str, owner: str | None) -> str:
 
 
 @webhooks_app.command()
-def secret(url: Url = "", owner: Owner = ANONYMOUS.id, config: Config = DEFAULT_CONFIG) -> None:
+def secret(url: Url = "", owner: Owner = ANONYMOUS.id, config: Config = CONFIG) -> None:
     """Print the newest secret that signs a caller's webhooks."""
     print(_run(config, lambda outbox: outbox.secret(owner, url)))
 
@@ -85,7 +82,7 @@ def rotate(
     url: Url = "",
     owner: Owner = ANONYMOUS.id,
     overlap_hours: Annotated[float, typer.Option(help="How long the old secret still signs as well.")] = 24.0,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Make a new secret and print it."""
     print(_run(config, lambda outbox: outbox.rotate(owner, url, overlap_hours * HOUR_S)))
@@ -95,7 +92,7 @@ def rotate(
 def enable(
     url: Annotated[str, typer.Argument(help="The address that answered 410.")],
     owner: Owner = ANONYMOUS.id,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG,
 ) -> None:
     """Send to an address again that wanted no more. Its dead letters stay dead until they are replayed."""
     _run(config, lambda outbox: outbox.enable(owner, url))

@@ -83,11 +83,11 @@ def test_json_that_means_no_good_is_refused_at_once(server: Server, kind: str) -
 
 
 def post(*headers: str, body: bytes = b"") -> bytes:
-    lines = ["POST /v1/generate HTTP/1.1", "host: x", *headers, "", ""]
+    lines = ["POST /v1/generate HTTP/1.1", "host: localhost", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
 
 
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nhost: localhost\r\n\r\n"
 CHUNK = b'f\r\n{"prompt": ""}\r\n0\r\n\r\n'
 
 # bytes on the wire; each has to be refused (400 to 499) or hung up on, and what is smuggled in never answered
@@ -106,7 +106,7 @@ FRAMING = {
     "NUL in a header": post("x-a: a\0b", "content-length: 2", body=b"{}"),
     "64 KiB of a header": post("x-a: " + "a" * 65536, "content-length: 2", body=b"{}"),
     "10,000 headers": post(*(f"x-{n}: 1" for n in range(10_000)), "content-length: 2", body=b"{}"),
-    "a path of 100,000 characters": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+    "a path of 100,000 characters": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
     "no HTTP at all": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 64 + b"\r\n\r\n",
     "HTTP/2 to a server that was not asked": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 }
@@ -137,10 +137,21 @@ def test_a_length_beside_chunks_smuggles_nothing_in(server: Server) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "evil.example", "a" * 5000, "x:99999", "[::1", "x\ty"])
-def test_the_host_header_decides_nothing(server: Server, host: str) -> None:
+def test_the_host_header_decides_nothing_but_whether_it_is_this_machines(server: Server, host: str) -> None:
     answer = raw(server, f"GET /healthz HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
     assert status(answer) in (200, 400), answer[:300]
     assert b"evil" not in answer
+    answer = raw(server, f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
+    assert status(answer) in (400, 403), answer[:300]
+    assert b"evil" not in answer
+
+
+def test_another_sites_page_has_nothing_drawn(server: Server) -> None:
+    """By a name of its own that leads here, or across sites with a body that a browser sends without asking."""
+    body = b'{"prompt": "x", "steps": 2}'
+    for headers in ({"host": "evil.example"}, {"origin": "https://evil.example", "content-type": "text/plain"}):
+        answer = httpx2.post(f"{server.address}/v1/generate", content=body, headers=headers, timeout=ANSWERED_S)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
 
 
 def test_a_body_that_says_to_be_too_large_is_not_read(server: Server) -> None:
@@ -163,7 +174,7 @@ def test_a_form_of_endless_parts_is_refused(server: Server) -> None:
     ["/v1/models/%00", "/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/%ed%a0%80", "/v1/images/..%2fsecret", "//"],
 )
 def test_a_path_leads_nowhere_else(server: Server, path: str) -> None:
-    answer = raw(server, f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    answer = raw(server, f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
     assert status(answer) in (400, 403, 404, 422), answer[:300]
 
 
@@ -183,7 +194,7 @@ def test_clients_that_do_not_read_hold_up_nobody(server: Server) -> None:
         for _ in range(50):
             connection = open_ones.enter_context(connected(server))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 20)
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 20)
         assert lives(server)
         assert server.post(steps=2).status_code == 200
     assert lives(server)

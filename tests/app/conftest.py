@@ -46,7 +46,8 @@ class MemoryRouter:
     """Draws the seed as a colour, enlarges by Lanczos.
 
     `refusal` comes first, `failure` after a step; `gate` holds the pictures back until somebody opens it, or ends a
-    request. Encoded pictures go through `packed`.
+    request: those that are `whole` by then are so, others have come to their first step. Encoded pictures go through
+    `packed`.
     """
 
     def __init__(self):
@@ -60,6 +61,7 @@ class MemoryRouter:
         self.gate = asyncio.Event()
         self.gate.set()
         self.left = 0
+        self.whole = 0
         self.packed: Callable[[bytes], bytes] = bytes
         self.running: dict[str, str] = {}  # how each is to end, by id
 
@@ -93,8 +95,10 @@ class MemoryRouter:
             if self.running[id] == "cancel":
                 yield Failed(error=Cancelled("the request was cancelled by its id"))
                 return
+            accepted = self.running[id] == "accept"
             for index in range(request.samples):
-                yield self._picture(request, index)
+                ended = 1 if accepted and index >= self.whole else None
+                yield replace(self._picture(request, index), stop_at_step=ended)
         finally:
             del self.running[id]
             self.left += 1
@@ -152,6 +156,6 @@ async def client(service: Service) -> AsyncIterator[httpx2.AsyncClient]:
     await asyncio.sleep(0)
     app = ingress.build(service, GatewaySettings(max_body_bytes=100_000), readiness.reason)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await asyncio.sleep(0.05)  # the warm-up picture
         yield client

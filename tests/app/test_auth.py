@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
@@ -59,7 +60,7 @@ def application(router: MemoryRouter, folder: Path, mode: AuthMode, keys: Keys |
 def client(app: FastAPI, key: str = "", peer: str = "127.0.0.1") -> httpx2.AsyncClient:
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False, client=(peer, 1234))
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+    return httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=headers)
 
 
 def routes(app: FastAPI) -> Iterator[RouteContext]:
@@ -205,6 +206,47 @@ async def test_without_keys_the_server_answers_its_own_machine(
         assert (await caller.get("/healthz")).status_code == 200
     async with client(application(router, tmp_path, "open"), peer=peer) as caller:
         assert (await caller.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        *(({"host": host}, 200) for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.9.9.9", "[::1]:1")),
+        *(({"origin": origin}, 200) for origin in ("http://localhost:5173", "https://127.0.0.1", "http://[::1]")),
+        *(
+            ({"host": host}, 403)
+            for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "127.1", "", "[::1")
+        ),
+        *(({"host": host}, 403) for host in ("evil.example:8000", "0.0.0.0", "localhost@evil.example", "[::2]")),
+        *(({"origin": origin}, 403) for origin in ("https://evil.example", "null", "file://", "localhost", "")),
+        ({"origin": "http://evil.example:8000", "host": "127.0.0.1:8000", "content-type": "text/plain"}, 403),
+    ],
+    ids=str,
+)
+async def test_without_keys_the_server_answers_by_its_own_names_and_no_other_sites_pages(
+    router: MemoryRouter, tmp_path: Path, headers: dict[str, str], status: int
+):
+    async with client(application(router, tmp_path, "loopback")) as caller:
+        answer = await caller.post("/v1/generate", json=DRAW, headers=headers)
+        assert answer.status_code == status, answer.text
+        assert len(router.requests) == (status == 200)
+        assert (await caller.get("/healthz", headers=headers)).status_code == 200
+    async with client(application(router, tmp_path, "open")) as caller:
+        assert (await caller.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_a_client_without_a_host_is_no_browser(router: MemoryRouter, tmp_path: Path):
+    """HTTP/1.0 has none, and no page can leave it out."""
+    app, sent = application(router, tmp_path, "loopback"), []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asked = {"type": "http", "http_version": "1.0", "method": "GET", "path": "/v1/models", "query_string": b""}
+    scope = asked | {"headers": [], "client": ("127.0.0.1", 1234), "server": ("127.0.0.1", 8000), "scheme": "http"}
+    messages = iter([{"type": "http.request", "body": b"", "more_body": False}])
+    await app(scope, lambda: asyncio.sleep(0, next(messages)), send)  # pyright: ignore[reportArgumentType]
+    assert sent[0]["status"] == 200
 
 
 async def test_requests_are_counted_and_told(app: FastAPI, keys: Keys):

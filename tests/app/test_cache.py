@@ -103,10 +103,20 @@ class Work:
         return "a picture"
 
 
+async def join(flights: Flights[str], about: str, work: Work, patience_s: float = 60.0) -> tuple[str, bool]:
+    """What the work gives, and whether somebody else has done it."""
+    found = await flights.joined(about, patience_s)
+    if found is not None:
+        return found, True
+    with flights.lead(about) as flight:
+        flight.set_result(await work())
+        return flight.result(), False
+
+
 async def test_fifty_at_a_time_are_done_once():
     flights, work = Flights[str](), Work()
-    waiting = [asyncio.create_task(flights.join("x", work)) for _ in range(50)]
-    other = asyncio.create_task(flights.join("y", work))
+    waiting = [asyncio.create_task(join(flights, "x", work)) for _ in range(50)]
+    other = asyncio.create_task(join(flights, "y", work))
     await asyncio.sleep(0)
     work.gate.set()
     assert sorted(joined for _, joined in await asyncio.gather(*waiting)) == [False] + [True] * 49
@@ -117,13 +127,13 @@ async def test_fifty_at_a_time_are_done_once():
 async def test_who_comes_after_the_end_is_not_served_from_it():
     flights, work = Flights[str](), Work()
     work.gate.set()
-    assert await flights.join("x", work) == await flights.join("x", work) == ("a picture", False)
+    assert await join(flights, "x", work) == await join(flights, "x", work) == ("a picture", False)
     assert work.begun == 2
 
 
 async def test_who_leads_and_is_cancelled_takes_nobody_along():
     flights, work = Flights[str](), Work()
-    first, *others = [asyncio.create_task(flights.join("x", work)) for _ in range(5)]
+    first, *others = [asyncio.create_task(join(flights, "x", work)) for _ in range(5)]
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0.01)
@@ -148,7 +158,7 @@ def test_a_field_that_is_yet_to_come_leaves_fingerprints_what_they_are():
 
 async def test_who_follows_and_is_cancelled_is_alone_in_that():
     flights, work = Flights[str](), Work()
-    first, second, third = [asyncio.create_task(flights.join("x", work)) for _ in range(3)]
+    first, second, third = [asyncio.create_task(join(flights, "x", work)) for _ in range(3)]
     await asyncio.sleep(0)
     second.cancel()
     await asyncio.sleep(0)
@@ -159,7 +169,7 @@ async def test_who_follows_and_is_cancelled_is_alone_in_that():
 
 async def test_who_leads_and_fails_is_alone_in_that():
     flights, work = Flights[str](), Work(failures=2)
-    waiting = [asyncio.create_task(flights.join("x", work)) for _ in range(5)]
+    waiting = [asyncio.create_task(join(flights, "x", work)) for _ in range(5)]
     await asyncio.sleep(0)
     work.gate.set()
     ends = await asyncio.gather(*waiting, return_exceptions=True)
@@ -170,9 +180,18 @@ async def test_who_leads_and_fails_is_alone_in_that():
 
 async def test_nobody_waits_for_ever():
     flights, work = Flights[str](), Work()
-    leading = asyncio.create_task(flights.join("x", work))
+    leading = asyncio.create_task(join(flights, "x", work))
     await asyncio.sleep(0)
     with pytest.raises(GenerationFailed, match="in time"):
-        await flights.join("x", work, patience_s=0.05)
+        await join(flights, "x", work, patience_s=0.05)
     work.gate.set()
     assert await leading == ("a picture", False)
+
+
+async def test_what_is_not_to_be_shared_is_done_by_the_next():
+    flights, work = Flights[str](), Work()
+    with flights.lead("x"):
+        waiting = asyncio.create_task(join(flights, "x", work))
+        await asyncio.sleep(0)
+    work.gate.set()
+    assert await waiting == ("a picture", False)

@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import httpcore2
 import numpy as np
@@ -15,6 +16,7 @@ import trustme
 from app import fetch
 from app.fetch import Fetcher, Response, Unreachable, retry_after_s
 from app.guard import Guard
+from app.keys.caller import ANONYMOUS, current
 from app.settings import FetchSettings
 from models.errors import InvalidRequest, Overloaded
 from models.images import FORMATS, encode
@@ -459,6 +461,38 @@ async def test_more_pictures_than_a_request_may_name_are_refused_before_any_is_f
     with pytest.raises(InvalidRequest, match="more than 8"):
         await fetcher(server).pictures(addresses)
     assert server.connections == 0
+
+
+async def test_nobody_takes_more_than_their_share_of_the_turns():
+    """Four callers with slow servers; who has no key shares with everybody."""
+    async with serving(never) as server:
+        client = fetcher(server, max_at_once=8)
+
+        def ask(id: str) -> asyncio.Task[bytes]:
+            current.set(replace(ANONYMOUS, id=id))
+            return asyncio.create_task(client.picture(server.url()))
+
+        asking = [ask("ada") for _ in range(5)]
+        await asyncio.sleep(0.2)
+        assert server.connections == 2
+        asking += [ask("bob") for _ in range(2)]
+        await until(lambda: server.connections == 4)
+        asking += [ask(ANONYMOUS.id) for _ in range(4)]
+        await until(lambda: server.connections == 8)
+        for task in asking:
+            task.cancel()
+        ends = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(end) for end in ends} == {asyncio.CancelledError}
+
+
+async def test_the_pictures_of_a_request_have_a_limit_together():
+    large = PNG + bytes(5000 - len(PNG))
+    async with serving(always(body=large)) as server:
+        addresses = {f"controls.{n}.image": server.url(f"/{n}") for n in range(3)}
+        client = fetcher(server, max_bytes=5000)
+        assert len(await client.pictures(dict([*addresses.items()][:2]))) == 2
+        with pytest.raises(InvalidRequest, match="10000 with the request's others"):
+            await client.pictures(addresses)
 
 
 async def test_who_gets_no_turn_is_told_to_come_back():

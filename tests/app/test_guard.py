@@ -1,6 +1,7 @@
 """What the guard dials, and what it does not."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
@@ -8,7 +9,8 @@ from ipaddress import ip_address, ip_network
 import httpcore2
 import pytest
 
-from app.guard import Guard, Refused, is_public
+from app.guard import Guard, Refused, Resolver, is_public
+from models.errors import Overloaded
 from tests.app.loopback import always, serving
 
 PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
@@ -154,3 +156,27 @@ async def test_a_name_without_an_address_is_a_connect_error(name: str):
 async def test_a_name_that_resolves_to_nothing_is_a_connect_error():
     with pytest.raises(httpcore2.ConnectError, match="no address"):
         await Guard(resolve=answering([])).connect_tcp("empty.test", 80, 1)
+
+
+async def test_lookups_that_hang_keep_their_threads_and_others_are_told_to_come_back():
+    """Also where nobody waits for them any more."""
+    end = threading.Event()
+
+    def hangs(_: str) -> list[str]:
+        end.wait()
+        return ["127.0.0.1"]
+
+    resolve = Resolver(hangs, at_once=2)
+    guard = Guard(resolve=resolve)
+    for _ in range(2):
+        with pytest.raises(httpcore2.ConnectTimeout):
+            await guard.connect_tcp("slow.test", 80, 0.05)
+    with pytest.raises(Overloaded):
+        await guard.connect_tcp("other.test", 80, 5)
+    end.set()
+    while True:
+        try:
+            assert await resolve("other.test") == ["127.0.0.1"]
+            break
+        except Overloaded:
+            await asyncio.sleep(0.01)

@@ -189,7 +189,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(service: Service):
         yield OK.encode()
 
     app = ingress.build(service, GatewaySettings(), lambda: asyncio.sleep(0, None), body_s=0.3)
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         answer = await client.post("/v1/generate", content=chunks())
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_too_slow")
 
@@ -197,7 +197,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(service: Service):
 async def test_a_body_that_has_arrived_may_take_long_to_draw(service: Service, router: MemoryRouter):
     app = ingress.build(service, GatewaySettings(), lambda: asyncio.sleep(0, None), body_s=0.1)
     router.gate.clear()
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         asking = asyncio.create_task(client.post("/v1/generate", content=OK.encode()))
         await asyncio.sleep(0.4)
         router.gate.set()

@@ -103,7 +103,7 @@ class House:
     def client(self, key: str = "") -> httpx2.AsyncClient:
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
         headers = {"x-api-key": key} if key else {}
-        return httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers, timeout=20)
+        return httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=headers, timeout=20)
 
     def work(self) -> None:
         """From now on jobs are claimed."""
@@ -629,7 +629,7 @@ async def test_a_server_that_keeps_no_jobs_says_so(router: MemoryRouter):
     service.offer(CARDS, "sd15")
     app = ingress.build(service, GatewaySettings(auth="open"), lambda: asyncio.sleep(0, None))
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answers = [
             await client.post("/v1/generate", json=DRAW),
             await client.post("/v1/generate", json={"prompt": "x"}, headers={"idempotency-key": "a"}),

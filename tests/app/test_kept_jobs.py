@@ -90,3 +90,12 @@ async def test_an_answer_by_address_is_json(client: httpx2.AsyncClient):
 @pytest.fixture
 def small() -> str:
     return base64.b64encode(PNG).decode()
+
+
+async def test_a_job_that_enlarges_has_a_receipt(client: httpx2.AsyncClient):
+    body = {"image": base64.b64encode(PNG).decode(), "scale": 2.0, "async": True}
+    done = await finished(client, (await client.post("/v1/upscale", json=body)).json()["job_id"])
+    receipt = (await client.get(f"/v1/receipts/{done['result']['receipt_id']}")).json()
+    assert receipt["images"][0]["sha256"] == done["result"]["images"][0]["sha256"]
+    at_once = await client.post("/v1/upscale", json=body | {"async": False}, headers=KEY | {"accept": "image/png"})
+    assert (await client.get(f"/v1/receipts/{at_once.headers['x-receipt-id']}")).status_code == 200

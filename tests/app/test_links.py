@@ -185,7 +185,7 @@ async def test_a_client_that_leaves_ends_the_fetching(router: MemoryRouter):
 async def test_the_configuration_switches_it_off(on: bool, word: str):
     gateway = ingress.Gateway(GatewaySettings(fetch=FetchSettings(pictures=on)))
     transport = httpx2.ASGITransport(gateway.__serve_build_asgi_app__())
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answer = await client.post("/v1/generate", json={"prompt": "x", "image": "http://127.0.0.1/"})
     assert (answer.status_code, answer.json()["error"]["field"]) == (422, "image")
     assert word in answer.json()["error"]["message"]

@@ -12,20 +12,26 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import select, update
 
 from app import ingress
 from app.auth import Guard
 from app.database import Database
+from app.job_runner import drawing
+from app.jobs.making import DrawEvent, Drawn
 from app.keys import registry
 from app.keys.caller import ANONYMOUS, Limits, current
 from app.replay import replay
 from app.results import results as kept
+from app.results.table import results as table
 from app.service import Service
 from app.settings import FolderSettings, GatewaySettings
 from models.errors import GenerationFailed, InvalidRequest, NotFound, Unavailable
+from models.events import Finished
 from models.images import Picture, encode
 from models.request import GenerationRequest
 from tests.app.conftest import ADAPTERS, CARDS, UPSCALER, MemoryRouter
+from tests.app.loopback import until
 from tests.app.results.conftest import blank_file
 
 __all__ = ["blank_file"]
@@ -44,12 +50,17 @@ def settings(tmp_path: Path, blank_file: Path) -> GatewaySettings:
 
 
 @pytest.fixture
-async def service(router: MemoryRouter, settings: GatewaySettings) -> AsyncIterator[Service]:
+async def database(settings: GatewaySettings) -> AsyncIterator[Database]:
     database = Database(settings.database)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def service(router: MemoryRouter, settings: GatewaySettings, database: Database) -> Service:
     service = Service(router, None, kept.opened(settings, database))
     service.offer(CARDS, "sd15", lambda: ADAPTERS, UPSCALER)
-    yield service
-    await database.close()
+    return service
 
 
 @pytest.fixture
@@ -59,7 +70,7 @@ async def client(service: Service, settings: GatewaySettings) -> AsyncIterator[h
 
     app = ingress.build(service, settings, ready)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -228,7 +239,7 @@ async def test_another_callers_receipt_is_404_like_one_that_never_was(service: S
     app = ingress.build(service, settings, ready, Guard("keys", keys))
     texts = [(await keys.create(name, ("generate",), Limits()))[1] for name in ("ada", "eve")]
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         ada, eve = ({"x-api-key": text} for text in texts)
         id = (await client.post("/v1/generate", json=BODY, headers=ada)).json()["receipt_id"]
         assert (await client.get(f"/v1/receipts/{id}", headers=ada)).status_code == 200
@@ -339,3 +350,179 @@ async def test_without_a_store_there_is_no_cache_and_no_address(router: MemoryRo
     again = await replay(service, ANONYMOUS.id, first.receipt_id)
     assert [one.identical for one in again.images] == [True]
     await database.close()
+
+
+async def accepted(client: httpx2.AsyncClient, router: MemoryRouter, **body: Any) -> dict[str, Any]:
+    """The answer to a request that is accepted before it has told of any step."""
+    router.gate.clear()
+    asking = asyncio.create_task(draw(client, **body))
+    await until(lambda: router.running)
+    [id] = router.running
+    assert (await client.post(f"/v1/requests/{id}/accept")).status_code == 202
+    return (await asking).json()
+
+
+async def test_what_is_accepted_before_its_first_step_is_not_given_for_the_whole(
+    client: httpx2.AsyncClient, router: MemoryRouter
+):
+    early = await accepted(client, router)
+    assert early["parameters"]["stop_at_step"] == early["images"][0]["stop_at_step"] == 1
+    receipt = (await client.get(f"/v1/receipts/{early['receipt_id']}")).json()
+    assert receipt["request"]["stop_at_step"] == 1
+    whole = await draw(client)
+    assert marks(whole) == ("miss", False)
+    assert "stop_at_step" not in whole.json()["parameters"]
+    assert "stop_at_step" not in whole.json()["images"][0]
+    assert (await client.post("/v1/replay", json={"receipt_id": early["receipt_id"]})).json()["identical"]
+    assert router.requests[-1].stop_at_step == 1
+
+
+async def test_of_pictures_ended_at_different_steps_each_says_its_own_and_none_is_given_again(
+    client: httpx2.AsyncClient, router: MemoryRouter
+):
+    router.whole = 1
+    early = await accepted(client, router, samples=2)
+    assert [image.get("stop_at_step") for image in early["images"]] == [None, 1]
+    assert "stop_at_step" not in early["parameters"]
+    receipt = (await client.get(f"/v1/receipts/{early['receipt_id']}")).json()
+    assert [image.get("stop_at_step") for image in receipt["images"]] == [None, 1]
+    replay = await client.post("/v1/replay", json={"receipt_id": early["receipt_id"]})
+    assert (replay.status_code, replay.json()["error"]["field"]) == (422, "receipt_id")
+    assert marks(await draw(client, samples=2)) == ("miss", False)
+
+
+async def test_what_is_ended_early_is_shared_with_nobody(client: httpx2.AsyncClient, router: MemoryRouter):
+    router.gate.clear()
+    herd = [asyncio.create_task(draw(client)) for _ in range(3)]
+    await until(lambda: router.running)
+    [id] = router.running
+    await client.post(f"/v1/requests/{id}/accept")
+    answers = [answer.json() for answer in await asyncio.gather(*herd)]
+    assert [answer["images"][0].get("stop_at_step") for answer in answers] == [1, None, None]
+    assert len(router.requests) == 2
+
+
+async def test_who_joins_has_parameters_of_their_own_and_an_address(client: httpx2.AsyncClient, router: MemoryRouter):
+    router.gate.clear()
+    first = asyncio.create_task(draw(client, deadline_s=60))
+    await until(lambda: router.running)
+    second = asyncio.create_task(draw(client, priority="batch", deadline_s=90, response="url"))
+    await asyncio.sleep(0.1)
+    router.gate.set()
+    told = [(await asking).json() for asking in (first, second)]
+    assert [answer["parameters"]["deadline_s"] for answer in told] == [60, 90]
+    assert [answer["parameters"]["priority"] for answer in told] == ["interactive", "batch"]
+    assert [answer["cached"] for answer in told] == [False, True]
+    assert (await client.get(told[1]["images"][0]["url"])).status_code == 200
+    assert len(router.requests) == 1
+    assert router.requests[0].deadline_s < 60  # what was left of it
+
+
+async def test_who_waits_for_another_waits_no_longer_than_the_server_lets_a_request_take(
+    router: MemoryRouter, settings: GatewaySettings
+):
+    service = Service(router, patience_s=0.05)
+    service.offer(CARDS, "sd15")
+    request = GenerationRequest(model="sd15", prompt="x", seed=7)
+    router.gate.clear()
+    leading = asyncio.create_task(service.generate(request))
+    await until(lambda: router.running)
+    with pytest.raises(GenerationFailed, match="in time"):
+        await service.generate(request)
+    router.gate.set()
+    assert (await leading).images
+
+
+async def test_a_runners_equal_jobs_are_drawn_once(service: Service, router: MemoryRouter):
+    router.gate.clear()
+    request = GenerationRequest(model="sd15", prompt="x", seed=7).resolve(CARDS["sd15"])
+
+    async def job(cache: bool = True) -> list[DrawEvent]:
+        return [event async for event in drawing(service)(request, cache)]
+
+    herd = [asyncio.create_task(job()) for _ in range(5)]
+    alone = asyncio.create_task(job(cache=False))
+    await asyncio.sleep(0.2)
+    router.gate.set()
+    ends = [events[-1] for events in await asyncio.gather(*herd, alone)]
+    assert sorted(end.cached for end in ends if isinstance(end, Drawn)) == [False] * 2 + [True] * 4
+    assert len(router.requests) == 2
+    pictures = [event.data for task in herd for event in task.result() if isinstance(event, Finished)]
+    assert pictures == [pictures[0]] * 5
+
+
+async def test_a_receipt_of_another_version_is_a_miss_and_no_replay(
+    client: httpx2.AsyncClient, router: MemoryRouter, database: Database
+):
+    for name, part in (("prompts", {"prompt": {"words": 3}}), ("request", {"hires": {"fashion": 1}})):
+        id = (await draw(client)).json()["receipt_id"]
+        row = await database.read(lambda c, id=id: c.scalar(select(table.c.receipt).where(table.c.id == id)))
+        other = update(table).where(table.c.id == id).values(receipt=row | {name: row[name] | part})
+        await database.write(lambda c, other=other: c.execute(other))
+        if name == "prompts":
+            assert marks(await draw(client)) == ("miss", False)
+        else:
+            replay = await client.post("/v1/replay", json={"receipt_id": id})
+            assert (replay.status_code, replay.json()["error"]["field"]) == (422, "receipt_id")
+
+
+async def test_a_file_that_is_not_what_was_kept_is_a_miss_and_nothing_to_compare_with(
+    client: httpx2.AsyncClient, router: MemoryRouter, tmp_path: Path
+):
+    first = (await draw(client)).json()
+    [file] = (tmp_path / "pictures" / "results").rglob("*.png")
+    file.write_bytes(file.read_bytes()[:-20] + b"\0" * 20)
+    router.packed = lambda _: encode(Picture(width=128, height=128, data=b"\xff" * (3 * 128 * 128)).array(), "png")
+    replay = (await client.post("/v1/replay", json={"receipt_id": first["receipt_id"]})).json()
+    assert (replay["identical"], replay["max_difference"]) == (False, None)
+    assert marks(await draw(client)) == ("miss", False)
+    assert marks(await draw(client)) == ("hit", True)
+
+
+async def test_what_an_address_would_outlive_is_drawn_anew(client: httpx2.AsyncClient, database: Database):
+    id = (await draw(client)).json()["receipt_id"]
+    soon = update(table).where(table.c.id == id).values(expires_at=time.time() + 3590)
+    await database.write(lambda c: c.execute(soon))
+    assert marks(await draw(client, response="url")) == ("miss", False)
+
+
+async def test_a_picture_that_goes_before_its_address_is_given_is_asked_for_again(service: Service, tmp_path: Path):
+    result = await service.generate(GenerationRequest(model="sd15", prompt="x", seed=7))
+    shutil.rmtree(tmp_path / "pictures" / "results")
+    with pytest.raises(Unavailable, match="send the request again"):
+        await service.urls(result)
+    with pytest.raises(Unavailable, match="not stored"):
+        await service.urls(replace(result, keys=()))
+
+
+async def test_every_enlargement_has_a_receipt(client: httpx2.AsyncClient):
+    asked = {"image": base64.b64encode(WHITE).decode(), "scale": 2.0}
+    plain = (await client.post("/v1/upscale", json=asked)).json()
+    alone = await client.post("/v1/upscale", json=asked, headers={"accept": "image/png"})
+    by_address = (await client.post("/v1/upscale", json=asked | {"response": "url"})).json()
+    for id in (plain["receipt_id"], alone.headers["x-receipt-id"], by_address["receipt_id"]):
+        receipt = (await client.get(f"/v1/receipts/{id}")).json()
+        assert (receipt["request"]["scale"], receipt["model"]) == (2.0, "2x")
+        assert receipt["images"][0]["sha256"] == hashlib.sha256(alone.content).hexdigest()
+        assert ("url" in receipt["images"][0]) == (id == by_address["receipt_id"])
+    assert (plain["warnings"], alone.headers["x-warnings"]) == ([], "0")
+
+
+async def test_an_enlargement_that_cannot_be_kept_is_given_all_the_same(client: httpx2.AsyncClient, tmp_path: Path):
+    (tmp_path / "pictures" / "results").write_text("a file where a folder is to be made")
+    asked = {"image": base64.b64encode(WHITE).decode(), "scale": 2.0}
+    refused = await client.post("/v1/upscale", json=asked | {"response": "url"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert (await client.post("/v1/upscale", json=asked)).json()["images"][0]["base64"]
+
+
+async def test_a_replay_with_an_input_picture_needs_a_store_and_says_so(
+    router: MemoryRouter, settings: GatewaySettings, database: Database
+):
+    service = Service(router, None, kept.opened(settings.model_copy(update={"store": None}), database))
+    service.offer(CARDS, "sd15")
+    image = Picture.from_bytes(WHITE)
+    first = await service.generate(GenerationRequest(model="sd15", prompt="x", seed=7, image=image))
+    assert first.receipt_id is not None
+    with pytest.raises(InvalidRequest, match="not kept"):
+        await replay(service, ANONYMOUS.id, first.receipt_id)

@@ -276,8 +276,9 @@ async def test_a_request_accepted_while_no_replica_has_it_ends_where_it_had_come
     await looking.wait()
     assert await router.end("accept", "id-1") is True
     found.set()
-    await asking
+    *_, last = await asking
     assert [request.stop_at_step for request in handle.requests] == [None, 7]
+    assert last.stop_at_step == 7  # the replica has drawn all that it was asked for
 
 
 async def test_a_request_accepted_on_its_way_to_a_replica_is_accepted_there(routed):

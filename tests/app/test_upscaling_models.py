@@ -200,7 +200,7 @@ async def at_a_replica(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     service = Service(Direct(replica))
     service.offer({"x4": settings.card()}, "x4")
     app = ingress.build(service, GatewaySettings(), ingress.Readiness(service).reason)
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         yield client
 
 

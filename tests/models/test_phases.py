@@ -1,6 +1,7 @@
 """More than one run of a tape, and less: hires-fix, variations of the noise, early ends."""
 
 import functools
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -133,5 +134,21 @@ def test_an_accepted_preview_is_the_picture():
     step_until(engine, lambda: events and isinstance(events[-1], Finished))
     steps = [p.step for p in events if isinstance(p, Progress)]
     assert steps[-1] == 20, "no step follows"
+    assert events[-1].stop_at_step == 20
     assert drawn(events[-1].data)[64, 64, 0] > 150, "the circle is red already"
     assert engine.load().running == 0
+
+
+def test_a_picture_says_where_it_was_ended_and_is_what_a_stop_there_draws():
+    """Of two pictures, one before its first step; one whole; told without any progress."""
+    engine, events, others = new_engine("sd15"), [], []
+    early = ask(steps=6, samples=2, metadata="full")
+    ticket = engine.submit(early, events.append, progress=False)
+    engine.submit(ask(), others.append, progress=False)
+    engine.accept(ticket)
+    step_until(engine, lambda: len(events) == 2 and others)
+    assert {event.stop_at_step for event in events} == {1}
+    [stopped] = new_engine("sd15").generate([replace(early, stop_at_step=1)])
+    assert {event.data for event in events} == {finished.data for finished in stopped}, "what it says of itself too"
+    assert {finished.stop_at_step for finished in stopped} == {None}, "that is what was asked for"
+    assert others[0].stop_at_step is None

@@ -226,7 +226,8 @@ def _image(image: Finished) -> dict[str, Any]:
 
 def _described(image: Finished) -> dict[str, Any]:
     values = {"index": image.index, "seed": image.seed, "format": image.format}
-    return values | {"width": image.width, "height": image.height}
+    ended = {} if image.stop_at_step is None else {"stop_at_step": image.stop_at_step}
+    return values | {"width": image.width, "height": image.height} | ended
 
 
 def _sha256(image: Finished) -> str:

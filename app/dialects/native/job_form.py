@@ -84,6 +84,7 @@ def upscaling(job: Job, images: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": job.id,
         "created": job.result["created"],
+        "receipt_id": job.result.get("receipt_id"),
         "model": job.outputs[0]["model"],
         "images": images,
         "parameters": {"scale": canonical.upscale_from_json(job.request["request"]).upscale.scale},

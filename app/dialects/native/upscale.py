@@ -83,10 +83,10 @@ def add(router: APIRouter, service: Service) -> None:
         if as_url:
             service.check_urls()
         picture = await wire.unless_disconnected(request, _picture(service, body))
-        upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format))
+        upscaled = await wire.unless_disconnected(request, service.upscale(picture, wanted, format, urls=as_url))
         if media_type != JSON:
             return _bytes(upscaled)
-        url = await service.keep_upscaled(upscaled, wanted) if as_url else None
+        url = (await service.urls(upscaled))[0] if as_url else None
         total_s = time.monotonic() - started
         size = len(upscaled.data)
         return await wire.written(size, lambda: wire.json_response(from_upscaled(upscaled, wanted.scale, total_s, url)))
@@ -123,7 +123,9 @@ async def _kept(service: Service, job: Job, media_type: str) -> Response:
         return wire.json_response(await job_form.by_address(service.jobs, job))
     [output] = job.outputs
     names = ("format", "width", "height", "model")
-    upscaled = Upscaled(data=await service.jobs.data(output["key"]), **{name: output[name] for name in names})
+    told = {name: output[name] for name in names}
+    receipt_id = None if job.result is None else job.result.get("receipt_id")
+    upscaled = Upscaled(data=await service.jobs.data(output["key"]), receipt_id=receipt_id, **told)
     if media_type != JSON:
         return _bytes(upscaled)
     image = {"index": 0, "format": upscaled.format, "width": upscaled.width, "height": upscaled.height}
@@ -140,10 +142,12 @@ def from_upscaled(upscaled: Upscaled, scale: float, total_s: float, url: str | N
     return {
         "id": uuid.uuid4().hex,
         "created": int(time.time()),
+        "receipt_id": upscaled.receipt_id,
         "model": upscaled.model,
         "images": [image | picture],
         "parameters": {"scale": scale},
         "timings": {"total": round(total_s, 4)},
+        "warnings": list(upscaled.warnings),
     }
 
 
@@ -166,6 +170,9 @@ def _bytes(upscaled: Upscaled) -> Response:
     headers = {
         "x-model": upscaled.model,
         "x-size": f"{upscaled.width}x{upscaled.height}",
+        "x-warnings": str(len(upscaled.warnings)),
         "x-content-type-options": "nosniff",
     }
+    if upscaled.receipt_id is not None:
+        headers["x-receipt-id"] = upscaled.receipt_id
     return Response(upscaled.data, media_type=MEDIA_TYPES[upscaled.format], headers=headers)

@@ -21,7 +21,7 @@ from tests.app.jobs.conftest import blank_file, blank_server, database, server, 
 __all__ = ["blank_file", "blank_server", "database", "server", "url"]
 
 SECRET = b"s" * 32
-KEEP_S = 3600.0
+KEEP_S = 7200.0
 CARD: ModelCard = CARDS["sd15"]
 WHITE = Picture(width=64, height=64, data=b"\xff" * (3 * 64 * 64))
 

@@ -19,17 +19,28 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_the_sweep_removes_what_is_over_its_time_and_keeps_the_rest(tmp_path: Path):
     url, pictures = f"sqlite:///{tmp_path / 'data' / 'heliograph.db'}", tmp_path / "pictures"
-    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    store = {"kind": "folder", "path": str(pictures)}
-    for application in raw["applications"][-2:]:  # the runners and the gateway
-        application["args"] |= {"database": url, "secret_file": str(tmp_path / "secret"), "store": store}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     asyncio.run(_fill(url, Folder(pictures, Links(SECRET))))
-    command = [sys.executable, "-m", "app.cli", "store", "sweep", "--config", str(tmp_path / "config.yaml")]
-    swept = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    swept = _sweep(tmp_path, url)
     assert swept.returncode == 0, swept.stderr
     assert swept.stderr.strip() == "removed 1 results and 0 stored objects without an owner"
     assert len([*pictures.rglob("*.png")]) == 1
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path):
+    swept = _sweep(tmp_path, f"sqlite:///{tmp_path / 'data' / 'heliograph.db'}")
+    assert swept.returncode == 1
+    assert "there is no file" in swept.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def _sweep(tmp_path: Path, url: str) -> subprocess.CompletedProcess[str]:
+    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    store = {"kind": "folder", "path": str(tmp_path / "pictures")}
+    for application in raw["applications"][-2:]:  # the runners and the gateway
+        application["args"] |= {"database": url, "secret_file": str(tmp_path / "secret"), "store": store}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "app.cli", "store", "sweep", "--config", str(tmp_path / "config.yaml")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 async def _fill(url: str, folder: Folder) -> None:

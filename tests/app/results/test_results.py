@@ -15,7 +15,7 @@ from app.jobs.job import NewJob
 from app.jobs.store import JobStore
 from app.results.keeping import keep
 from app.results.receipt import Drawn, compose
-from app.results.results import Results, Swept, new_id
+from app.results.results import ADDRESS_S, Results, Swept, new_id
 from app.results.table import results as table
 from app.stores.folder import Folder
 from app.stores.links import Links
@@ -44,12 +44,13 @@ async def older(database: Database, id: str, seconds: float) -> None:
 def age(root: Path) -> None:
     """Makes everything stored older than the sweep's grace."""
     then = time.time() - GRACE_S - 60
-    for file in root.rglob("*.png"):
+    for file in root.rglob("*.*"):
         os.utime(file, (then, then))
 
 
 async def stored(folder: Folder) -> set[str]:
-    return {key async for key in folder.list(-60.0)}
+    """All but the mark of the database."""
+    return {key async for key in folder.list(-60.0) if not key.startswith("heliograph/")}
 
 
 async def test_a_result_is_found_again_with_its_pictures(results: Results):
@@ -137,6 +138,50 @@ async def test_orphans_are_swept_once_they_are_old_and_nothing_else(
     assert not set(orphan) & await stored(folder)
 
 
+async def test_an_empty_or_another_database_removes_no_picture_of_a_store(
+    results: Results, folder: Folder, database: Database, tmp_path: Path
+):
+    owned = await kept(results, drawn())
+    await results.keep_house()  # marks the store
+    age(tmp_path / "pictures")
+    other = Database(f"sqlite:///{tmp_path / 'other.db'}")
+    await other.migrate()
+    theirs = Results(other, folder, KEEP_S)
+    with pytest.raises(InvalidRequest, match="nothing was swept"):
+        await theirs.keep_house()
+    await kept(theirs, drawn(), about=None)  # now it knows of a picture, but of no other
+    for both in (theirs, results):
+        with pytest.raises(InvalidRequest, match="another database's too"):
+            await both.keep_house()
+    assert f"results/{owned}/0" in await stored(folder)
+    await other.close()
+
+
+async def test_a_server_that_starts_says_so_in_the_store_before_it_knows_of_a_picture(
+    results: Results, folder: Folder, database: Database, tmp_path: Path
+):
+    await kept(results, drawn())
+    await results.keep_house()
+    other = Database(f"sqlite:///{tmp_path / 'other.db'}")
+    await other.migrate()
+    for _ in range(2):
+        await Results(other, folder, KEEP_S).mark()
+    age(tmp_path / "pictures")
+    with pytest.raises(InvalidRequest, match="another database's too"):
+        await results.keep_house()
+    await Results(other, None, KEEP_S).mark()
+    await other.close()
+
+
+async def test_a_result_is_found_until_an_address_would_outlive_it(results: Results, database: Database):
+    id = await kept(results, drawn())
+    await older(database, id, KEEP_S - ADDRESS_S - 60)
+    assert await results.find("ada", ABOUT) is not None
+    await older(database, id, 120)
+    assert await results.find("ada", ABOUT) is None
+    assert (await results.get("ada", id)).expires_s > 0
+
+
 async def test_without_a_store_there_are_receipts_and_no_pictures(database: Database):
     results = Results(database, None, KEEP_S)
     made = await keep(results, "ada", drawn(image=WHITE), again=True, pictures=True)
@@ -145,7 +190,7 @@ async def test_without_a_store_there_are_receipts_and_no_pictures(database: Data
     found = await results.get("ada", made.receipt_id)
     assert found.receipt["request"]["image"] == named(WHITE)
     assert await results.find("ada", ABOUT) is None
-    with pytest.raises(Unavailable, match="keeps no pictures"):
+    with pytest.raises(InvalidRequest, match="not kept"):
         await results.input(found, named(WHITE))
     assert await results.keep_house() == Swept(results=0, objects=0)
 
@@ -180,6 +225,8 @@ class Troubled(Results):
         self.looks += 1
         if self.looks == 1:
             raise Unavailable(1.0, "the store is away")
+        if self.looks == 2:
+            raise InvalidRequest("store", "is another database's too")
         return await super().keep_house()
 
 
@@ -189,7 +236,7 @@ async def test_the_house_is_kept_again_and_again_also_after_trouble(
     monkeypatch.setattr(job_runner, "HOUSE_S", 0.01)
     kept = Troubled(database)
     keeping = asyncio.create_task(job_runner.keep_house(kept))
-    await until(lambda: kept.looks >= 3)
+    await until(lambda: kept.looks >= 4)
     keeping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await keeping

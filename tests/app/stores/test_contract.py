@@ -7,16 +7,16 @@ import os
 import pytest
 
 from app.stores.store import KeyTaken, Store
-from app.stores.sweep import sweep
+from app.stores.sweep import may_sweep, sweep
 from models.errors import InvalidRequest, NotFound
 
 PICTURE = os.urandom(300_000)
 KEY = "2026/11-21/5f_0"
 
 
-async def all_keys(store: Store, older_than_s: float = -60.0) -> set[str]:
+async def all_keys(store: Store, older_than_s: float = -60.0, folder: str = "") -> set[str]:
     """Every key; a minute in the future by default, because servers keep whole seconds and clocks of their own."""
-    return {key async for key in store.list(older_than_s)}
+    return {key async for key in store.list(older_than_s, folder)}
 
 
 async def test_what_is_put_is_there_whole_and_described(store: Store):
@@ -135,6 +135,8 @@ async def test_a_list_has_all_keys_that_are_old_enough(store: Store):
         await store.put(key, key.encode(), "image/webp")
     assert await all_keys(store) == keys
     assert await all_keys(store, older_than_s=3600) == set()
+    assert await all_keys(store, folder="a") == {key for key in keys if key.startswith("a/")}
+    assert await all_keys(store, folder="c") == set()
 
 
 async def test_a_sweep_takes_orphans_older_than_the_grace_and_nothing_else(store: Store):
@@ -162,3 +164,30 @@ async def test_a_sweep_that_cannot_ask_deletes_nothing(store: Store):
     with pytest.raises(ConnectionError):
         await sweep(store, known, grace_s=-60)
     assert await all_keys(store) == {KEY}
+
+
+async def test_a_database_sweeps_a_store_that_it_has_marked_for_long_enough(store: Store):
+    assert not await may_sweep(store, "ours", knows=False)
+    assert await all_keys(store) == {"heliograph/ours"}
+    assert not await may_sweep(store, "ours", knows=False)
+    assert await may_sweep(store, "ours", knows=False, grace_s=-60)
+
+
+async def test_a_store_that_was_filled_before_is_adopted_by_a_database_that_knows_of_pictures_alone(store: Store):
+    await store.put("results/x/0", PICTURE, "image/png")
+    with pytest.raises(InvalidRequest, match="knows nothing of; nothing was swept"):
+        await may_sweep(store, "new", knows=False, grace_s=-60)
+    assert await all_keys(store) == {"results/x/0"}
+    assert await may_sweep(store, "ours", knows=True, grace_s=-60)
+
+
+async def test_a_store_of_two_databases_is_swept_by_neither(store: Store):
+    assert await may_sweep(store, "ours", knows=True, grace_s=-60)
+    with pytest.raises(InvalidRequest, match="knows nothing of"):
+        await may_sweep(store, "empty", knows=False, grace_s=-60)
+    with pytest.raises(InvalidRequest, match="heliograph/ours there; nothing was swept"):
+        await may_sweep(store, "theirs", knows=True, grace_s=-60)
+    with pytest.raises(InvalidRequest, match="heliograph/theirs there"):
+        await may_sweep(store, "ours", knows=True, grace_s=-60)
+    await store.delete("heliograph/theirs")
+    assert await may_sweep(store, "ours", knows=True, grace_s=-60)

@@ -156,3 +156,33 @@ async def test_a_folder_that_is_gone_or_closed_is_unavailable(folder: Folder, tm
 
 async def test_the_secret_is_in_no_representation(folder: Folder):
     assert "sss" not in repr(folder._links)
+
+
+async def test_folders_that_have_become_empty_go_with_their_objects(folder: Folder, tmp_path: Path):
+    for key in ("results/a/0", "results/a/1", "results/b/0"):
+        await folder.put(key, b"picture", "image/png")
+    await folder.delete("results/a/0")
+    assert (tmp_path / "pictures" / "results" / "a").is_dir()
+    await folder.delete("results/a/1")
+    assert [place.name for place in (tmp_path / "pictures" / "results").iterdir()] == ["b"]
+    await folder.delete("results/b/0")
+    assert [place.name for place in (tmp_path / "pictures").iterdir()] == [DRAFTS]
+
+
+async def test_who_writes_into_a_folder_that_is_being_emptied_writes(folder: Folder):
+    async def change(name: str) -> None:
+        for n in range(60):
+            await folder.put(f"a/b/{name}-{n}", b"picture", "image/png")
+            await folder.delete(f"a/b/{name}-{n}")
+
+    await asyncio.gather(*(change(f"w{n}") for n in range(4)))
+    await folder.put("a/b/c", b"picture", "image/png")
+    assert [key async for key in folder.list(-1)] == ["a/b/c"]
+
+
+async def test_what_is_not_named_like_ours_is_not_listed(folder: Folder, tmp_path: Path):
+    await folder.put("pictures/a", b"picture", "image/png")
+    for name in ("Backup.object", "pictures/a b.object", ".object"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "x.png").write_bytes(b"somebody else's")
+    assert [key async for key in folder.list(-1)] == ["pictures/a"]

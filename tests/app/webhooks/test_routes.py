@@ -47,7 +47,7 @@ async def callers(database: Database, outbox: Outbox) -> AsyncIterator[dict[str,
     for name, scope in (("ada", "jobs"), ("bob", "jobs"), ("eve", "generate")):
         key, text = await keys.create(name, (scope,), Limits())
         transport = httpx2.ASGITransport(app)
-        http = httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers={"x-api-key": text})
+        http = httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers={"x-api-key": text})
         found[name] = Caller(http, key.caller)
     yield found
     for caller in found.values():
