@@ -84,11 +84,9 @@ def look_at(path: Path) -> tuple[str | None, tuple[int, int]]:
         return picture.format, picture.size
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """One process runs all that is here, for all of it has one server; others run the other tests meanwhile."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("server"))
+    item.add_marker(pytest.mark.xdist_group("server"))
 
 
 @contextmanager
