@@ -16,7 +16,7 @@ serve: $(INSTALLED) ## serve serve_config.yaml on 127.0.0.1, port 8000 or PORT=
 	@exec $(BIN)/heliograph serve --config serve_config.yaml --port $(PORT)
 
 test: check ## everything that CI runs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m tests
 
 check: $(INSTALLED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -84,11 +84,6 @@ def look_at(path: Path) -> tuple[str | None, tuple[int, int]]:
         return picture.format, picture.size
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One process runs all that is here, for all of it has one server; others run the other tests meanwhile."""
-    item.add_marker(pytest.mark.xdist_group("server"))
-
-
 @contextmanager
 def serving(config: Path, log: Path, folder: Path = PROJECT) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`heliograph serve` in that folder, ready, and its address; ended with the block, if it has not ended in it."""
