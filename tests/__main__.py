@@ -1,6 +1,6 @@
 """`python -m tests`: every test, in two processes side by side. All that has a server is for one of them.
 
-The tests of the server mostly wait for it, so the others cost hardly more time. What is said of the server's comes last.
+The tests of the server mostly wait for it, so the others cost hardly more time. What is said of it comes last.
 """
 
 import subprocess
