@@ -65,10 +65,10 @@ def _check(first: Result) -> None:
 async def _request(results: Results, first: Result) -> EffectiveRequest:
     """The receipt's request, with its pictures. Raises InvalidRequest where they have gone or it cannot be read."""
     told = first.receipt["request"]
+    pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
     try:
-        pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
         return replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None)
-    except (TypeError, KeyError) as other:
+    except (InvalidRequest, TypeError, KeyError) as other:
         raise InvalidRequest("receipt_id", "another version wrote this receipt") from other
 
 

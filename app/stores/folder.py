@@ -171,7 +171,8 @@ def _move(draft: Path, place: Path) -> None:
     """Renames a draft to its place, whose folder may be removed at this moment: it has just become empty."""
     for last in (*[False] * (MOVES - 1), True):
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # it was there, and was removed while mkdir looked what it is
+                place.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(place)
             return
         except FileNotFoundError:

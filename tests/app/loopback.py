@@ -63,24 +63,22 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
     raise TimeoutError(f"not so within {timeout_s} s")
 
 
-@asynccontextmanager
-async def serving(
-    answer: Answer, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
-) -> AsyncIterator[Loopback]:
-    """The server for as long as it is needed; whoever is still connected then is cut off."""
-    loopback, talking, writers = Loopback(), set[asyncio.Task[None]](), WeakSet[asyncio.StreamWriter]()
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+@asynccontextmanager
+async def listening(talk: Talk, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """A port where somebody talks to whoever connects; whoever is still connected in the end is cut off."""
+    talking, writers = set[asyncio.Task[None]](), WeakSet[asyncio.StreamWriter]()
+
+    async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         talking.add(task)
         writers.add(writer)
-        loopback.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
-                request = await _read(reader)
-                loopback.requests.append(request)
-                await answer(request, writer)
+                await talk(reader, writer)
                 await writer.drain()
         except asyncio.CancelledError:
             pass  # the test is over; asyncio would report it as a fault
@@ -88,10 +86,9 @@ async def serving(
             talking.discard(task)
             writer.transport.abort() if writer.transport.is_closing() else writer.close()
 
-    server = await asyncio.start_server(talk, host, 0, ssl=tls)
-    loopback.port = server.sockets[0].getsockname()[1]
+    server = await asyncio.start_server(begin, host, 0, ssl=tls)
     try:
-        yield loopback
+        yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
         await asyncio.sleep(0)  # who has just been let in begins to talk
@@ -102,6 +99,23 @@ async def serving(
             writer.transport.abort()  # with what a slow reader has not taken yet
         await asyncio.sleep(0)  # an aborted transport lets its socket go in the next turn
         await server.wait_closed()
+
+
+@asynccontextmanager
+async def serving(
+    answer: Answer, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[Loopback]:
+    """The server for as long as it is needed."""
+    loopback = Loopback()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loopback.connections += 1
+        request = await _read(reader)
+        loopback.requests.append(request)
+        await answer(request, writer)
+
+    async with listening(talk, tls, host) as loopback.port:
+        yield loopback
 
 
 async def _read(reader: asyncio.StreamReader) -> Request:

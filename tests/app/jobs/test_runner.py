@@ -85,7 +85,7 @@ async def submit_upscale(store: JobStore, pictures: Folder) -> Job:
     return (await store.submit(new)).job
 
 
-async def ended(store: JobStore, job: Job, timeout_s: float = 10.0) -> Job:
+async def ended(store: JobStore, job: Job, timeout_s: float = 30.0) -> Job:
     return await until(lambda: store.get(job.id, None), lambda found: found.finished, timeout_s)
 
 

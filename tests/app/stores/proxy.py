@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
+
+from tests.app.loopback import listening
 
 # 503: answered by the proxy; lost: done, but the answer never comes; mute: neither done nor answered.
 Fault = Literal["503", "lost", "mute"]
@@ -27,27 +29,23 @@ async def proxy_before(upstream: str) -> AsyncIterator[Proxy]:
     host, _, port = upstream.removeprefix("http://").partition(":")
     proxy = Proxy("")
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            body = await reader.readexactly(_length(head))
-            line = head.split(b"\r\n", 1)[0].decode()
-            fault = proxy.faults.pop(0) if proxy.faults else proxy.always
-            (proxy.refused if fault in ("503", "mute") else proxy.passed).append(line)
-            if fault == "503":
-                writer.write(b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-            elif fault == "mute":
-                await reader.read()  # until the client gives up
-            else:
-                answer = await _exchange(host, int(port), head, body)
-                if fault != "lost":
-                    writer.write(answer)
-            await writer.drain()
-        writer.close()
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(_length(head))
+        line = head.split(b"\r\n", 1)[0].decode()
+        fault = proxy.faults.pop(0) if proxy.faults else proxy.always
+        (proxy.refused if fault in ("503", "mute") else proxy.passed).append(line)
+        if fault == "503":
+            writer.write(b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        elif fault == "mute":
+            await reader.read()  # until the client gives up
+        else:
+            answer = await _exchange(host, int(port), head, body)
+            if fault != "lost":
+                writer.write(answer)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    proxy.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server:
+    async with listening(talk) as own:
+        proxy.address = f"http://127.0.0.1:{own}"
         yield proxy
 
 
@@ -59,7 +57,7 @@ async def _exchange(host: str, port: int, head: bytes, body: bytes) -> bytes:
     try:
         return await reader.read()
     finally:
-        writer.close()
+        writer.transport.abort()  # all of it is read
 
 
 def _length(head: bytes) -> int:
