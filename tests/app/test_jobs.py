@@ -5,6 +5,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ class House:
     def work(self) -> None:
         """From now on jobs are claimed."""
         self.runner.offer(("sd15", "sdxl", "x4", "upscaler"))
+
+
+@asynccontextmanager
+async def another_gateway(house: House) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a second gateway on the same database."""
+    second = House(house.folder, house.router)
+    async with second.client() as client:
+        yield client
+    await second.database.close()
 
 
 async def opened(
@@ -339,7 +349,7 @@ async def test_the_time_to_come_is_told_by_what_the_last_jobs_took(house: House,
     done = await finished(client, first["job_id"])
     took = done["finished_at"] - done["started_at"]
     house.runner.offer(())
-    async with House(house.folder, house.router).client() as another:  # this gateway has looked just now
+    async with another_gateway(house) as another:  # this one has looked just now
         waiting = [(await another.post("/v1/generate", json=DRAW)).json() for _ in range(2)]
         other = (await another.post("/v1/generate", json=DRAW | {"model": "sdxl"})).json()
     assert [job["eta_s"] for job in waiting] == [pytest.approx(took), pytest.approx(2 * took)]
@@ -582,7 +592,7 @@ async def test_a_job_that_another_version_wrote_is_told_and_hinders_no_other(
         told = (await client.get(f"/v1/jobs/{id}")).json()
         assert told["status"] == "succeeded"
         assert (told["result"], told["images"][0]["sha256"]) == (None, done["images"][0]["sha256"])
-        async with House(house.folder, router).client() as another:  # which has measured nothing yet
+        async with another_gateway(house) as another:  # which has measured nothing yet
             assert (await another.post("/v1/generate", json=DRAW)).status_code == 202
 
 
