@@ -202,21 +202,21 @@ def test_the_tables_say_what_was_not_measured():
     baseline = Measured(
         contender="B0",
         title="alone",
-        saturated=Saturated(pictures_per_s=1.0, rows_per_forward=2.0, difference=0),
+        saturated=Saturated(rounds=(1.0, 0.5, 1.2), rows_per_forward=2.0, difference=0),
         capacity=Capacity(rate=0.4, trials=()),
         common=trial,
     )
     engine = Measured(
         contender="E",
         title="ours",
-        saturated=Saturated(pictures_per_s=2.5, rows_per_forward=9.0, difference=1),
+        saturated=Saturated(rounds=(2.5, 1.0, 3.6), rows_per_forward=9.0, difference=1),
         capacity=Capacity(rate=0.8, trials=(trial,)),
         common=trial,
     )
     workload = WorkloadResults(name="steps", title="mixed steps", isolated_s={}, measured=[baseline, engine])
-    results = Results(machine=Machine.here(2), command="python -m bench", seed=1, workloads=[workload], drift=0.5)
-    assert "| mixed steps | 2.50 | 2.50 | – | 2.00 |" in markdown(results)
-    assert "not worth keeping" in markdown(results)
+    results = Results(machine=Machine.here(2), command="python -m bench", seed=1, workloads=[workload])
+    assert "| mixed steps | 2.50 (2.50, 2.00, 3.00) | 2.50 (2.50, 2.00, 3.00) | – | 2.00 |" in markdown(results)
+    assert "by round: 1.00, 0.50, 1.20 pictures a second" in markdown(results)
     assert "| E | 2.50 | 9.0 | 0.80 |" in markdown(results)
 
 
