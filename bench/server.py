@@ -35,8 +35,8 @@ class Server:
         assert stopping is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
-        shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
-        self._serving = Serving(Path(self._folder.name), lambda _: one_model(shipped, self._settings))
+        folder = Path(self._folder.name)
+        self._serving = Serving(folder, lambda _: one_model(shipped(folder), self._settings))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(base_url=self._serving.address, timeout=None, limits=limits)
         try:
@@ -75,6 +75,11 @@ class Server:
 
     async def work(self) -> None:
         """A client does not see it."""
+
+
+def shipped(folder: Path) -> dict[str, Any]:
+    """The repository's own configuration, which keeps its data in the folder."""
+    return yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
 
 
 def one_model(config: dict[str, Any], settings: dict[str, Any], jobs: bool = False) -> dict[str, Any]:

@@ -301,3 +301,10 @@ def test_drift_is_that_of_the_nearest_picture():
 
     reference = torch.ones(4, 8, 8)
     assert nearest(reference, [-reference, 1.01 * reference]) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_hits_are_told_in_milliseconds():
+    from bench.hits import sheet_of
+
+    sheet = sheet_of({"a hit": [0.001 * i for i in range(1, 102)]})
+    assert sheet.rows == [["a hit", "51.0", "96.0", "100.0"]]
