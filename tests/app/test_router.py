@@ -72,11 +72,13 @@ class Handle:
         self.responses = [Response(script) for script in scripts]
         self.requests: list[EffectiveRequest] = []
         self.ids: list[str] = []
+        self.keys: list[str] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: EffectiveRequest, progress: bool, id: str) -> Response:
+    def _remote(self, request: EffectiveRequest, progress: bool, id: str, key: str) -> Response:
         self.requests.append(request)
         self.ids.append(id)
+        self.keys.append(key)
         return self.responses[len(self.requests) - 1]
 
 
