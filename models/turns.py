@@ -12,7 +12,7 @@ key's batches, the plainer rule, would give a light key beside a flood the same 
 for one picture wastes most of what it costs. With one key alive all of this changes nothing.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Several
 from heapq import heapify, heappop, heapreplace
@@ -48,12 +48,17 @@ Queues = Mapping[Flow, Several[C]]
 
 
 class Turns:
-    """Counts for the flows alive. A flow that comes, or comes back, starts with as little as any that is there has had:
-    neither idle time nor an early arrival is a claim."""
+    """Counts for the flows alive.
+
+    A flow that comes, or comes back, starts level with the others: neither idle time nor an early arrival is a claim.
+    The level rises by what a flow's part of each turn would have been, so that those who have had more than that are
+    not overtaken for ever by newcomers.
+    """
 
     def __init__(self, pace: Pace):
         self._pace = pace
         self._had: dict[Flow, float] = {}  # device seconds
+        self._level = {False: 0.0, True: 0.0}  # of each priority
         self._passed: set[Flow] = set()  # were there in the last turn and got nothing
 
     def next(self, candidates: Iterable[C], cap: Callable[[Shape], int]) -> list[C]:
@@ -76,18 +81,22 @@ class Turns:
         Interactive before batch work, then whoever had least. Of those who had the same, who was passed over goes
         first, so that newcomers cannot keep anybody waiting; and then the one with fewer candidates.
         """
-        least = {batch: self._least(batch, queues) for batch in (False, True)}
-        self._had = {flow: self._had.get(flow, least[flow[0]]) for flow in queues}
+        self._had = {flow: had for flow, had in self._had.items() if flow in queues}
+        for batch in self._level:
+            least = min((had for flow, had in self._had.items() if flow[0] == batch), default=0.0)
+            self._level[batch] = max(self._level[batch], least)
+        self._had = {flow: self._had.get(flow, self._level[flow[0]]) for flow in queues}
         self._passed &= queues.keys()
-        return sorted(queues, key=lambda flow: (flow[0], self._had[flow], flow not in self._passed, len(queues[flow])))
+        return sorted(queues, key=lambda flow: (*self._turn(flow), flow not in self._passed, len(queues[flow])))
 
-    def _least(self, batch: bool, flows: Iterable[Flow]) -> float:
-        return min((self._had[flow] for flow in flows if flow in self._had and flow[0] == batch), default=0.0)
+    def _turn(self, flow: Flow) -> tuple[bool, float]:
+        """Smaller goes first. Rounded, so that sums made in another order are the same."""
+        return flow[0], round(self._had[flow], 6)
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
         shape = batch.leader.shape
         alike = [deque(candidate for candidate in queues[flow] if candidate.shape == shape) for flow in order]
-        turns = [(flow[0], self._had[flow], n) for n, flow in enumerate(order) if alike[n]]
+        turns = [(*self._turn(flow), n) for n, flow in enumerate(order) if alike[n]]
         heapify(turns)
         price = self._pace.forward_s(batch.leader.breadth) / batch.leader.breadth
         while turns and batch.room:
@@ -109,14 +118,19 @@ class Turns:
         breadth = sum(candidate.breadth for candidate in members)
         price = self._pace.forward_s(breadth) / breadth
         places = dict.fromkeys(queues, 0)
+        peers = Counter(batch for batch, _ in queues)
         for candidate in members:
-            self._had[_flow(candidate)] += price * candidate.breadth
-            places[_flow(candidate)] += 1
+            flow = _flow(candidate)
+            self._had[flow] += price * candidate.breadth
+            self._level[flow[0]] += price * candidate.breadth / peers[flow[0]]
+            places[flow] += 1
         self._passed = {flow for flow, count in places.items() if not count}
         content = {flow for flow, count in places.items() if count == len(queues[flow])}
-        for flow in content:
-            wanting = [had for other, had in self._had.items() if other[0] == flow[0] and other not in content]
-            self._had[flow] = max([self._had[flow], *([min(wanting)] if wanting else [])])
+        for batch in self._level:
+            wanting = (had for flow, had in self._had.items() if flow[0] == batch and flow not in content)
+            floor = min(wanting, default=0.0)
+            for flow in content:
+                self._had[flow] = max(self._had[flow], floor if flow[0] == batch else 0.0)
 
 
 class _Batch(Generic[C]):

@@ -1,11 +1,15 @@
 """An engine between keys: a flood does not hold up its neighbour, who draws the same picture as alone."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 
+from models.delivery import Delivery
 from models.engine import Engine
 from models.events import Finished, Progress
 from models.request import GenerationRequest
-from tests.models.conftest import drawn, new_engine
+from tests.models.conftest import drawn, loaded_family, new_engine
 
 AREA = 16 * 16
 STEPS = 8
@@ -50,7 +54,7 @@ def test_a_light_key_steps_in_every_forward_and_none_of_them_is_broad():
     assert {event.rows for event in progress} == {4}  # its two, and two of the flood's, which goes on
     while engine.step():
         pass
-    engine.close()
+    engine.close(drain_s=30)
     assert len(others) == 30
     [[alone]] = new_engine("sd15").generate([ask()])
     assert np.abs(drawn(light[-1].data) - drawn(alone.data)).max() <= 1
@@ -67,22 +71,9 @@ def test_of_the_same_key_it_would_have_waited():
     assert not late
 
 
-def test_a_finished_picture_is_decoded_before_the_rest_of_anothers():
-    engine = on_a_processor()
-    finished: list[str] = []
-
-    def told(key: str):
-        return lambda event: finished.append(key) if isinstance(event, Finished) else None
-
-    for seed in range(10):
-        engine.submit(ask(seed=seed, steps=1), told("flood"), progress=False, key="flood")
-    while engine._live:
-        engine.step()
-    waiting = len(engine._delivery.queue)
-    engine.submit(ask(steps=1), told("light"), progress=False, key="light")
-    assert waiting > 4
-    while engine.step():
-        pass
-    engine.close()
-    assert "light" in finished[-waiting:-1]
-    assert finished[-1] == "flood"
+def test_keys_take_turns_at_the_decoder():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    queue: list[Any] = [SimpleNamespace(key=key, shape=(4, 16, 16)) for key in "aaaaaabbc"]
+    delivery.queue = queue
+    assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abca", "abaa", "a"]
+    delivery.close()

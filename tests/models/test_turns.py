@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -105,6 +105,7 @@ def test_a_light_key_beside_a_flood_takes_less_than_twice_as_long(seconds: dict[
     drawn(seconds, alone)
     many = flood("a", 2000)
     device = drawn(seconds, [*beside, *many], until=45.0)
+    assert all(picture.finished for picture in [*alone, *beside])
     assert p95(beside) < 1.7 * p95(alone)
     flooded = drawn(seconds, flood("a", 2000), until=45.0)
     assert device.given["a"] > 0.4 * flooded.given["a"]  # and the flood has what the other does not need
@@ -130,11 +131,13 @@ def test_many_keys_cost_hardly_any_throughput(keys: int, each: int):
     assert drawn(PROCESSOR, shared).now < 1.1 * drawn(PROCESSOR, of_one).now
 
 
-def test_short_requests_of_ever_new_keys_do_not_starve_a_long_one_of_another_shape():
+@pytest.mark.parametrize(("every_s", "left"), [(0.02, 0), (0.01, 25)], ids=["busy", "overloaded"])
+def test_short_requests_of_ever_new_keys_do_not_starve_a_long_one_of_another_shape(every_s: float, left: int):
+    """Overloaded, there are ever more keys, whose parts become ever smaller, and yet not nothing."""
     long = Picture("a", shape=LARGE, steps=30)
-    short = [Picture(f"k{n}", at=0.01 * n, steps=1) for n in range(3000)]
-    drawn(PROCESSOR, [long, *short], until=60.0)
-    assert 0 < long.took < 6.0
+    short = [Picture(f"k{n}", at=every_s * n, steps=1) for n in range(3000)]
+    drawn(PROCESSOR, [long, *short], until=29.0)
+    assert long.steps <= left
 
 
 def test_what_waits_longest_within_a_key_goes_first_whatever_others_do():
@@ -209,7 +212,4 @@ def test_a_rider_that_would_slow_the_leader_too_far_waits():
     batcher = Batcher(pace(PROCESSOR))
     batcher.set_cap(SMALL, CAP)
     batch = batcher.next([Picture("b", at=5.0), *flood("a", 20)])
-    assert batch[0].key == "b"
-    took: Callable[[int], float] = lambda rows: pace(PROCESSOR).forward_s(rows * 256)  # noqa: E731
-    rows = sum(picture.rows for picture in batch)
-    assert took(2) < took(rows) <= 1.4 * took(2)
+    assert [picture.key for picture in batch] == ["b", "a"]  # with a third, a forward would take 1.54 times as long
