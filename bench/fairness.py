@@ -1,4 +1,4 @@
-"""`python -m bench.fairness`: a key that sends a request a second, alone and beside a key that sends a hundred at once."""
+"""`python -m bench.fairness`: a key that sends a request a second, alone and beside one that sends 100 at once."""
 
 import asyncio
 import json

@@ -11,8 +11,8 @@ from models.request import EffectiveRequest
 from models.turns import PATIENCE_S
 from models.work import breadth, work
 
-# A deadline is refused only where the estimate is beyond twice of it. Estimates of what is there are good to a factor of
-# 1.5, which tests hold; who leaves early or fails, and what company will share its forwards, nobody knows before.
+# A deadline is refused only where the estimate is beyond twice of it. Estimates of what is there are good to a factor
+# of 1.5, which a test holds; who leaves early or fails, and what company will share its forwards, nobody knows before.
 TRUST = 0.5
 _LEAST_RETRY_S = 1.0
 
@@ -32,8 +32,8 @@ class Part(Protocol):
 class Claim:
     """What a request takes up at an engine that has it, or is asked to take it on.
 
-    Whose it is, whether it is batch work, when it is due by time.monotonic(), its work still to come, the breadth of its
-    forwards, its pictures that have not begun. `deadline_s` counts from its submission, None where it has none.
+    Whose it is, whether it is batch work, when it is due by time.monotonic(), its work still to come, the breadth of
+    its forwards, its pictures that have not begun. `deadline_s` counts from its submission, None where it has none.
     """
 
     key: str

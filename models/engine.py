@@ -93,8 +93,8 @@ class Engine:
     def submit(
         self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str = "", key: str = ""
     ) -> str:
-        """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted. `key` says
-        whose it is: keys share the engine fairly (models.turns).
+        """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted. `key`
+        says whose it is: keys share the engine fairly (models.turns).
 
         Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
         Raises Overloaded and DeadlineTooShort (models.admission) before anything is prepared; InvalidRequest, NotFound

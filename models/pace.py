@@ -1,4 +1,4 @@
-"""Pace: how long a device takes for work, measured when an engine warms up and corrected by every turn since. No torch."""
+"""Pace: how long a device takes for work, measured when an engine warms up, corrected by every turn since. No torch."""
 
 import math
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ _SEED_TURNS = 10  # for so many turns the first measurement counts
 class Pace:
     """Seconds of forwards by their breadth, which is the row positions (models.work) of all that share one.
 
-    The curve matters as much as the pace: a GPU takes hardly longer for eight rows than for one, a processor eight times
-    as long. Before `learn` each row position is taken to cost the same, and how much is not known before the first turn.
+    The curve matters as much as the pace: a GPU takes hardly longer for eight rows than for one, a processor eight
+    times as long. Before `learn` each row position is taken to cost the same, and how much is not known before the
+    first turn.
     """
 
     def __init__(self) -> None:

@@ -95,9 +95,7 @@ SAMPLERS: Mapping[str, Sampler] = {
         schedules=("default", "karras", "exponential", "beta"),
         aliases=("dpm++ 2s", "dpmsolversinglestep"),
     ),
-    "dpm2": Sampler(
-        scheduler="KDPM2DiscreteScheduler", label="DPM2", aliases=("k_dpm_2", "dpm 2", "kdpm2"), order=2
-    ),
+    "dpm2": Sampler(scheduler="KDPM2DiscreteScheduler", label="DPM2", aliases=("k_dpm_2", "dpm 2", "kdpm2"), order=2),
     "dpm2_a": Sampler(
         scheduler="KDPM2AncestralDiscreteScheduler",
         label="DPM2 a",

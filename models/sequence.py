@@ -53,8 +53,8 @@ class Sequence:
     `history` (8, c, h, w) holds the last latents, newest first, then the last model outputs, of which slot 4 is free
     for the one to come. `estimate` (c, h, w) is the clean latents that the last step expected. `inputs` (k, h, w) is
     what the network sees beside the latents. `rows` is how many rows of a forward the image takes. The image is done
-    after `stop` forwards, if its tapes are not at their ends before. `stages` are the phases as work; `key` says whose it
-    is. Times are of time.monotonic().
+    after `stop` forwards, if its tapes are not at their ends before. `stages` are the phases as work; `key` says whose
+    it is. Times are of time.monotonic().
     """
 
     request: EffectiveRequest

@@ -7,9 +7,9 @@ this forward gives them counted already. Within a flow the most urgent go first,
 A broad forward is slow for everyone in it, so turns alone would not keep a flood from its neighbour: of N keys, the one
 that leads may expect a forward to take no longer than SHARE * N times what its own rows take alone. It then moves at
 least as fast as with an N-th of the device to itself, and the others use what room there is. Where neighbours cost
-nothing, as on a GPU that is not full, the bound never binds, nor with many keys of few rows each. Slices of time for one
-key's batches, the plainer rule, would give a light key beside a flood the same speed and the flood fewer rows: a forward
-for one picture wastes most of what it costs. With one key alive all of this changes nothing.
+nothing, as on a GPU that is not full, the bound never binds, nor with many keys of few rows each. Slices of time for
+one key's batches, the plainer rule, would give a light key beside a flood the same speed and the flood fewer rows: a
+forward for one picture wastes most of what it costs. With one key alive all of this changes nothing.
 """
 
 from collections import Counter, deque
@@ -24,7 +24,9 @@ Shape = tuple[int, int, int]
 Flow = tuple[bool, str]  # a key's work of one priority: whether it is batch work, and whose
 
 PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody of one key is overtaken for ever
-SHARE = 0.7  # the rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding
+SHARE = (
+    0.7  # the rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding
+)
 
 
 class Candidate(Protocol):

@@ -19,9 +19,9 @@ NEVER = 10**9  # forwards
 # Shares of the operations that the denoising network does for as many latent positions, in one row of one forward.
 # Counted by torch's FlopCounterMode on Stable Diffusion 1.5's networks at 512 px. What a particular device makes of
 # them is in its measured pace (models.pace).
-CONTROL = 0.35  # a ControlNet, beside each row that it steers
-DECODE = 3.1
-ENCODE = 1.35
+CONTROL = 0.35  # a ControlNet, beside each row that it steers; 0.33 there, 0.44 with SDXL
+DECODE = 3.1  # with SDXL half
+ENCODE = 1.4  # likewise
 
 
 class Use(Protocol):
@@ -50,7 +50,14 @@ class Stage:
 
     @classmethod
     def of(
-        cls, *, forwards: int, rows: int, positions: int, controls: Iterable[Use] = (), shown: bool = False, larger: int = 0
+        cls,
+        *,
+        forwards: int,
+        rows: int,
+        positions: int,
+        controls: Iterable[Use] = (),
+        shown: bool = False,
+        larger: int = 0,
     ) -> "Stage":
         """A stage on so many latent positions. It begins from an input picture where one is `shown`, and from the
         picture of a stage of `larger` positions, decoded and encoded again, where that is not 0."""

@@ -103,11 +103,11 @@ def p95(pictures: list[Picture]) -> float:
 def test_a_light_key_beside_a_flood_takes_less_than_twice_as_long(seconds: dict[int, float]):
     alone, beside = trickle("b"), trickle("b")
     drawn(seconds, alone)
-    many = flood("a", 2000)
+    many = flood("a", 700)
     device = drawn(seconds, [*beside, *many], until=45.0)
     assert all(picture.finished for picture in [*alone, *beside])
     assert p95(beside) < 1.7 * p95(alone)
-    flooded = drawn(seconds, flood("a", 2000), until=45.0)
+    flooded = drawn(seconds, flood("a", 700), until=45.0)
     assert device.given["a"] > 0.4 * flooded.given["a"]  # and the flood has what the other does not need
 
 
@@ -117,9 +117,9 @@ def test_a_light_key_beside_a_flood_takes_less_than_twice_as_long(seconds: dict[
     ids=["alike", "broader", "larger", "shorter"],
 )
 @pytest.mark.parametrize("keys", [2, 3])
-def test_keys_that_are_always_busy_get_equal_shares(keys: int, others: dict, seconds: dict[int, float] = PROCESSOR):
-    floods = [flood(f"b{n}", 3000, **others) for n in range(1, keys)]
-    device = drawn(seconds, [*flood("a", 1000), *(one for many in floods for one in many)], until=20.0)
+def test_keys_that_are_always_busy_get_equal_shares(keys: int, others: dict):
+    floods = [flood(f"b{n}", 700, **others) for n in range(1, keys)]
+    device = drawn(PROCESSOR, [*flood("a", 200), *(one for many in floods for one in many)], until=20.0)
     equal = sum(device.given.values()) / keys
     assert all(0.9 * equal < given < 1.1 * equal for given in device.given.values()), device.given
 
@@ -151,7 +151,7 @@ def test_credit_is_not_saved_up():
     """A key that was content with little for long does not shut the others out when it wants much."""
     content = [Picture("b", at=0.3 * n) for n in range(100)]
     sudden = [Picture("b", at=30.0 + 0.001 * n) for n in range(200)]
-    many = flood("a", 3000)
+    many = flood("a", 400)
     device = Device(PROCESSOR)
     device.draw([*content, *many, *sudden], until=40.0)
     after = [batch for batch in device.batches[-40:] if any(picture.key == "a" for picture in batch)]

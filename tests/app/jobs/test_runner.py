@@ -370,9 +370,7 @@ async def test_a_job_whose_deadline_no_engine_could_keep_any_more_is_expired(
     assert done.state is State.EXPIRED
 
 
-async def test_jobs_are_drawn_as_their_owners(
-    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
-):
+async def test_jobs_are_drawn_as_their_owners(store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter):
     async with running(store, make):
         jobs = [await submit(store, pictures, owner=owner) for owner in ("ada", "bob")]
         for job in jobs:
