@@ -7,10 +7,12 @@ override.
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from app.ingress import Gateway
 from app.job_runner import JobRunner
 from app.replica import Model
+from app.routing import REPORT_S, WorkRouter
 from app.settings import (
     MODEL_DEPLOYMENT,
     RUNNER_DEPLOYMENT,
@@ -46,6 +48,8 @@ _MODEL = serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
 )
 
+_BY_WORK = RequestRouterConfig(request_router_class=WorkRouter, request_routing_stats_period_s=REPORT_S)
+
 _UPSCALER = serve.deployment(
     name=UPSCALER_DEPLOYMENT,
     max_ongoing_requests=256,  # likewise: the replica refuses first
@@ -80,7 +84,10 @@ def model(args: ModelSettings) -> Application:
 
 def served(by: type[Model], args: ModelSettings) -> Application:
     """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
-    return _MODEL(by).bind(args)
+    deployment = _MODEL(by)
+    if args.routing == "work":
+        deployment = deployment.options(request_router_config=_BY_WORK)
+    return deployment.bind(args)
 
 
 def upscaler(args: UpscalerSettings) -> Application:

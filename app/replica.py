@@ -13,9 +13,11 @@ from typing import Any
 from app import endings
 from app.errors import ReplicaDied
 from app.events import Admitted, Ending, ReplicaEvent, Upscaled
+from app.hint import Hint
 from app.origin import Needs, Origin, Origins
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
+from app.vitals import Vitals
 from models import metadata
 from models.errors import Cancelled, GenerationFailed, HeliographError, NotFound, Overloaded
 from models.events import Event, Failed, Finished
@@ -34,16 +36,20 @@ class Model:
         self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start)
         self._origins = await asyncio.get_running_loop().run_in_executor(None, origins, settings, self._engine)
         self._upscaler = UpscalerRoute()
+        self._vitals = Vitals()
 
     @staticmethod
     def load(settings: ModelSettings) -> Any:
         """The family to serve. A benchmark's has a network that only takes time."""
         return load_family(settings)
 
-    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(
+        self, request: EffectiveRequest, progress: bool, id: str, hint: Hint | None = None
+    ) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
 
-        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way.
+        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way. The hint is
+        what the call was routed by.
 
         A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
@@ -51,12 +57,13 @@ class Model:
         events: asyncio.Queue[Event] = asyncio.Queue()
         chain = Chain(request, events, self._upscaler)
         loop = asyncio.get_running_loop()
-        waiting = self._engine.load().waiting
+        load = self._engine.load()
 
         def submit() -> Origin:
             origin = self._origins.of(Needs.of(request))
             on_event = partial(loop.call_soon_threadsafe, chain.put)
             self._engine.submit(chain.first, on_event, progress=progress, id=id)
+            self._vitals.note(hint or Hint.of(request))
             return origin
 
         # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
@@ -78,7 +85,7 @@ class Model:
 
         try:
             with endings.alive(id, end):
-                yield Admitted(waiting=waiting, origin=origin)
+                yield Admitted(waiting=load.waiting, origin=origin, seconds_per_work=load.seconds_per_work)
                 unfinished = request.samples
                 while unfinished:
                     event = await events.get()
@@ -111,6 +118,14 @@ class Model:
             "forwards": load.forwards,
             "seconds_left": load.seconds_left,
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it about once a second, for the autoscaling policy."""
+        return self._vitals.autoscaling(self._engine.load())
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve asks for it about once a second, for the routers of all handles."""
+        return self._vitals.routing(self._engine.load())
 
     def check_health(self) -> None:
         """Raises when the engine can no longer work, so that Serve replaces the replica."""

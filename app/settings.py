@@ -83,6 +83,9 @@ class ModelSettings(Strict):
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     lora_cache_mib: int = Field(default=2048, ge=1, description="memory for LoRAs that are loaded")
+    routing: Literal["work", "default"] = Field(
+        default="work", description="how one of several replicas is chosen: by work and warmth, or by Serve's own router"
+    )
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
     preprocessors: dict[Literal["depth", "pose"], str] = Field(
         default_factory=dict, description="name -> folder of the weights it needs"
@@ -233,11 +236,18 @@ class QueueSettings(Strict):
     max_waiting_per_caller: int = Field(default=1_000, ge=1)
 
 
+class PolicySettings(Strict):
+    """The `policy_kwargs` of app.autoscaling:WorkPolicy."""
+
+    drain_s: Positive = 10.0
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     request_timeout_s: Positive = 600.0
+    max_cold_wait_s: Positive = 120.0  # of work that waits for a model to wake
     dialects: tuple[Name, ...] = ("native",)
     fetch: FetchSettings = FetchSettings()
     auth: AuthMode = "loopback"
