@@ -19,8 +19,9 @@ class WorkPolicy:
     """As many replicas as are needed for two things: what is left drains within `drain_s`, and what is in use fits.
 
     The first answers bursts, by the freshest reports. The second holds what steady traffic needs, by the mean over
-    Serve's look-back window: by what is left alone a fleet that keeps up would always look too large. While there is
-    any request there is at least one replica; without any, and with nothing left, there need be none.
+    Serve's look-back window: by what is left alone a fleet that keeps up would always look too large. There are
+    never more replicas than pictures, which nobody shares; while there is any request there is one, and without any,
+    and with nothing left, there need be none.
     """
 
     def __init__(self, drain_s: float = 10.0):
@@ -36,9 +37,11 @@ class WorkPolicy:
             return max(context.target_num_replicas, 1), {}
         request_s = _freshest(context, "request_s")
         mean_s = sum(request_s.values()) / len(request_s) if request_s else 0.0
-        seconds = sum(left.values()) + mean_s * (context.total_queued_requests or 0.0)
+        queued = context.total_queued_requests or 0.0
+        seconds = sum(left.values()) + mean_s * queued
         shares = (context.aggregated_metrics or {}).get("busy", {})
         wanted = max(_ceil(seconds / self._drain_s), _ceil(sum(shares.values()) / HEADROOM))
+        wanted = min(wanted, _ceil(sum(_freshest(context, "pictures").values()) + queued))
         return max(wanted, int(context.total_num_requests > 0)), {}
 
 

@@ -84,7 +84,7 @@ class ModelSettings(Strict):
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     lora_cache_mib: int = Field(default=2048, ge=1, description="memory for LoRAs that are loaded")
     routing: Literal["work", "default"] = Field(
-        default="work", description="how one of several replicas is chosen: by work and warmth, or by Serve's own router"
+        default="work", description="how one of several replicas is chosen: by work and warmth, or as Serve does"
     )
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
     preprocessors: dict[Literal["depth", "pose"], str] = Field(

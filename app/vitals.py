@@ -30,10 +30,11 @@ class Vitals:
             _meet(self._sizes, (hint.size,))
 
     def autoscaling(self, load: Load) -> dict[str, float]:
-        """For app.autoscaling.WorkPolicy: seconds of work left, seconds of a mean request, and the share of what the
-        replica can do that is in use."""
+        """For app.autoscaling.WorkPolicy: seconds of work left, of how many pictures, seconds of a mean request, and
+        the share of what the replica can do that is in use."""
         return {
             "seconds_left": float(load.seconds_left),
+            "pictures": float(load.waiting + load.running),
             "request_s": self._mean_work * load.seconds_per_work,
             "busy": busy(load.batches),
         }

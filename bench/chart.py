@@ -17,7 +17,7 @@ LINES = 4  # of a panel's grid
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A quantity over time: (second, value) points by the name of whom they are of. Steps hold a value till the next."""
+    """A quantity over time: (second, value) points by the name of whom they are of. A step holds till the next."""
 
     title: str
     series: dict[str, Points]

@@ -97,23 +97,23 @@ async def measure(contender: Contender, arrivals: Sequence[Arrival], done: Calla
     with tempfile.TemporaryDirectory(prefix="heliograph-elastic-") as name:
         folder, program = Path(name), ("-m", "bench.simulation", "--environment", "RAY_AUTH_MODE=disabled")
         async with Serving(folder, lambda _: configuration(folder, contender), program=program) as serving:
-            dashboard = await serving.dashboard()
-            await _asleep(dashboard)  # it has drawn a first picture, for /readyz
-            since = time.monotonic()
-            watching = asyncio.create_task(watch(dashboard, APPLICATION, since, counts.append))
-            answers = await replay(serving.address, arrivals, done)
-            await _asleep(dashboard)
-            counts.append(await count(dashboard, APPLICATION, since))
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            async with httpx2.AsyncClient(base_url=await serving.dashboard(), timeout=10) as dashboard:
+                await _asleep(dashboard)  # it has drawn a first picture, for /readyz
+                since = time.monotonic()
+                watching = asyncio.create_task(watch(dashboard, APPLICATION, since, counts.append))
+                answers = await replay(serving.address, arrivals, done)
+                await _asleep(dashboard)
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+                counts.append(await count(dashboard, APPLICATION, since))
     return Result(contender=contender.name, answers=answers, counts=counts)
 
 
-async def _asleep(dashboard: str) -> None:
+async def _asleep(dashboard: httpx2.AsyncClient) -> None:
     async with asyncio.timeout(ASLEEP_S):
         while True:
             with suppress(httpx2.HTTPError):
-                if not (await count(dashboard, APPLICATION, 0.0)).held:
+                if not (await count(dashboard, APPLICATION)).held:
                     return
             await asyncio.sleep(1.0)
 
@@ -139,7 +139,7 @@ def _row(result: Result) -> list[str]:
 
 
 def _path(counts: Sequence[Count]) -> str:
-    """The numbers of replicas that took requests, one after another: 0, 1, 4, 1, 0. Small ways up or down are left out."""
+    """The numbers of replicas that took requests, by their turning points and the last one: 0, 1, 4, 1, 0."""
     told: list[int] = []
     for number in (one.running for one in counts):
         if told[-1:] == [number]:
@@ -217,8 +217,8 @@ def main(
 def _facts(arrivals: Sequence[Arrival], shape: Shape, drain_s: float, target: float, machine: Any) -> list[str]:
     delays = ", ".join(f"{name} {value}" for name, value in DELAYS.items())
     return [
-        f"{len(arrivals)} requests, half of {SHORT} and half of {LONG} steps, at most {shape.peak:g} a second; 0 to {MOST} "
-        f"replicas, {delays}. By work: WorkPolicy with drain_s {drain_s:g}, WorkRouter. By requests: Serve's default "
+        f"{len(arrivals)} requests, half of {SHORT} and half of {LONG} steps, at most {shape.peak:g} a second; 0 to "
+        f"{MOST} replicas, {delays}. By work: WorkPolicy with drain_s {drain_s:g}, WorkRouter. By requests: Serve's default "
         f"policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
         f"{SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows.",
         "Wait: all of a request's time that was not work on it. First: the first request's, which wakes the model. "

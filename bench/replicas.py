@@ -20,16 +20,17 @@ class Count:
     held: int
 
 
-async def count(dashboard: str, application: str, since: float) -> Count:
+async def count(dashboard: httpx2.AsyncClient, application: str, since: float = 0.0) -> Count:
     """The replicas now. Raises httpx2.HTTPError."""
-    async with httpx2.AsyncClient(base_url=dashboard, timeout=10) as client:
-        told = (await client.get("/api/serve/applications/")).raise_for_status().json()
+    told = (await dashboard.get("/api/serve/applications/")).raise_for_status().json()
     deployments = told["applications"][application]["deployments"].values()
     states = [replica["state"] for deployment in deployments for replica in deployment["replicas"]]
     return Count(at_s=time.monotonic() - since, running=states.count("RUNNING"), held=len(states))
 
 
-async def watch(dashboard: str, application: str, since: float, heard: Callable[[Count], None]) -> None:
+async def watch(
+    dashboard: httpx2.AsyncClient, application: str, since: float, heard: Callable[[Count], None]
+) -> None:
     """Tells the count twice a second until it is cancelled; a dashboard that is busy is asked again."""
     while True:
         with suppress(httpx2.HTTPError):

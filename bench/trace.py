@@ -57,7 +57,7 @@ class Answer:
 
 
 def trace(shape: Shape, seed: int) -> list[Arrival]:
-    """The arrivals of a Poisson process of that rate (by thinning), the first at 0."""
+    """Arrivals of a Poisson process of that rate (by thinning); the first is at 0."""
     rng, now, arrivals = random.Random(seed), 0.0, [Arrival(at_s=0.0, steps=LONG, seed=0)]
     while (now := now + rng.expovariate(shape.peak)) < shape.seconds:
         if rng.random() * shape.peak < shape.rate(now):

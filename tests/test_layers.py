@@ -20,13 +20,16 @@ ENGINE = ("request", "tapes", "conditioning", "sequence", "batcher", "denoiser",
 ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
 RAY_FILES = tuple(
     f"app.{name}"
-    for name in ("main", "ingress", "router", "replica", "upscaler", "autoscaling", "cli", "local")  # local: cli's Ray
+    for name in (
+        *("main", "ingress", "router", "replica", "routing", "upscaler", "autoscaling"),
+        *("cli", "local"),  # local: cli's Ray
+    )
 )
 BRINGS_TORCH = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch")
 TORCH_FREE_MODELS = tuple(
     f"models.{name}"
     for name in (
-        *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas"),
+        *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas", "load", "work"),
         *("images", "decoding", "png", "exif", "infotext", "metadata", "document"),
     )
 )
@@ -36,6 +39,7 @@ TORCH_FREE_APP = tuple(
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
         *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
         *("cache", "drawing", "origin", "replay", "results"),
+        *("admission", "autoscaling", "hint", "routing", "vitals"),
     )
 )
 

@@ -1,10 +1,9 @@
-"""How many replicas the policy asks for; and what comes of it in a simulated fleet, with Serve's own delays around it."""
+"""How many replicas the policy asks for; and what comes of it in a simulated fleet under Serve's own delays."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle
 import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_delay_logic
@@ -29,7 +28,7 @@ def context(
     """What Serve's controller tells of running replicas; None is one that has not reported yet."""
     ids = [ReplicaID(str(number), MODEL) for number in range(len(stats))]
     told = [(id, one) for id, one in zip(ids, stats, strict=True) if one is not None]
-    names = ("seconds_left", "request_s", "busy")
+    names = ("seconds_left", "pictures", "request_s", "busy")
     raw = {n: {id: [TimeStampedValue(0, -1.0), TimeStampedValue(1, s[n])] for id, s in told} for n in names}
     return AutoscalingContext(
         deployment_id=MODEL, deployment_name=MODEL.name, app_name=MODEL.app_name,
@@ -41,8 +40,8 @@ def context(
     )  # fmt: skip
 
 
-def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0) -> dict[str, float]:
-    return {"seconds_left": left, "request_s": request, "busy": busy}
+def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures: float = 99.0) -> dict[str, float]:
+    return {"seconds_left": left, "pictures": pictures, "request_s": request, "busy": busy}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +50,8 @@ def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0) -> dict[
         pytest.param(context(replica()), 0, id="nothing to do"),
         pytest.param(context(replica(), requests=0.1), 1, id="a request a moment ago"),
         pytest.param(context(replica(left=0.5, busy=0.1), requests=1), 1, id="one request"),
+        pytest.param(context(replica(left=99.0, busy=1.0, pictures=1), requests=1), 1, id="one long request"),
+        pytest.param(context(replica(left=99.0, busy=1.0, pictures=1), requests=3, queued=2), 3, id="and two more"),
         pytest.param(context(replica(left=100.0, busy=1.0), requests=50), 10, id="a burst"),
         pytest.param(context(replica(left=20.0, busy=1.0), requests=50, queued=40), 6, id="what waits at handles too"),
         pytest.param(context(*4 * [replica(left=2.0, busy=0.75)], requests=8), 4, id="steady traffic holds them"),
@@ -86,24 +87,27 @@ def test_a_wrong_target_is_refused(drain_s: float):
 
 def test_serve_can_send_the_policy_to_its_controller():
     policy = AutoscalingPolicy(policy_function="app.autoscaling:WorkPolicy", policy_kwargs={"drain_s": 5})
-    assert cloudpickle.loads(policy.get_serialized_policy_def())(**policy.policy_kwargs)(context())[0] == 0
+    assert policy.get_policy()(**policy.policy_kwargs)(context())[0] == 0
 
 
 # What replicas tell
 
 
-def load(seconds_left: float = 0.0, batches: float = 0.0, pace: float = 0.5) -> Load:
+def load(
+    seconds_left: float = 0.0, batches: float = 0.0, pace: float = 0.5, waiting: int = 0, running: int = 0
+) -> Load:
     return Load(
-        waiting=0, running=0, rows=0, batches=batches, forwards=0, work_left=seconds_left / pace,
+        waiting=waiting, running=running, rows=0, batches=batches, forwards=0, work_left=seconds_left / pace,
         seconds_per_work=pace, seconds_left=seconds_left,
     )  # fmt: skip
 
 
 def test_a_replica_tells_what_is_left_and_what_a_mean_request_takes():
     vitals = Vitals()
-    assert vitals.autoscaling(load()) == {"seconds_left": 0.0, "request_s": 0.0, "busy": 0.0}
+    assert vitals.autoscaling(load()) == {"seconds_left": 0.0, "pictures": 0.0, "request_s": 0.0, "busy": 0.0}
     vitals.note(Hint(work=8.0))
-    assert vitals.autoscaling(load(3.0, batches=1.0)) == {"seconds_left": 3.0, "request_s": 4.0, "busy": 1.0}
+    told = {"seconds_left": 3.0, "pictures": 3.0, "request_s": 4.0, "busy": 1.0}
+    assert vitals.autoscaling(load(3.0, batches=1.0, waiting=2, running=1)) == told
     for _ in range(200):
         vitals.note(Hint(work=4.0))
     assert vitals.autoscaling(load())["request_s"] == pytest.approx(2.0, rel=0.01)
@@ -172,7 +176,7 @@ class Fleet:
         self.starting = [at for at in self.starting if at > now]
         each = sum(self.queue) / max(self.running, 1)
         share = sum(self.window) / len(self.window)
-        stats = [replica(left=each, busy=share, request=self.request_s) for _ in range(self.running)]
+        stats = [replica(each, share, self.request_s, len(self.queue) / self.running) for _ in range(self.running)]
         given = context(*stats, target=self.target, requests=float(len(self.queue)), config=self.config)
         desired = POLICY(given)[0]
         target, self.state = _apply_delay_logic(desired, self.target, self.config, self.state, _now=now)

@@ -1,6 +1,5 @@
-"""Which replica a request goes to, by what is known of each: pure functions, and a fleet of them in simulated time."""
+"""Which replica a request goes to, by what is known of each: pure functions."""
 
-import random
 from typing import Any
 
 import pytest
@@ -119,19 +118,3 @@ def test_calls_at_the_same_time_spread():
         chosen.sent.append(sent(id=str(number)))
     assert [len(standing.sent) for standing in standings] == [10] * 4
 
-
-def test_requests_with_the_same_lora_keep_together_while_the_load_allows_it():
-    rng, standings = random.Random(0), [Standing() for _ in range(4)]
-    moves, last = 0, dict.fromkeys("abcd", -1)
-    for number in range(400):
-        lora = rng.choice("abcd")
-        hint = Hint(work=10.0, size="128x128", loras=(lora,))
-        chosen = best(hint, *standings)
-        moves += last[lora] not in (-1, chosen)
-        last[lora] = chosen
-        standings[chosen].sent.append(Sent(id=str(number), hint=hint, at=NOW))
-        if number >= 4:  # about one at a time is under way at each
-            oldest = min((s for s in standings if s.sent), key=lambda s: s.sent[0].id.zfill(4))
-            oldest.hear(report(loras=[*oldest.report.get("loras", []), *oldest.sent[0].hint.loras]), NOW)
-            oldest.done(oldest.sent[0].id)
-    assert moves < 100  # by chance it would be 300

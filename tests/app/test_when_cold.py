@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from app import ingress
+from app.events import ModelState
 from app.service import Service
 from app.settings import GatewaySettings
 from tests.app.conftest import CARDS, MemoryRouter
@@ -31,7 +32,7 @@ async def client(house: House) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 @pytest.mark.parametrize("state", ["cold", "loading"])
-async def test_a_model_that_sleeps_is_given_a_job(client: httpx2.AsyncClient, router: MemoryRouter, state: str):
+async def test_a_model_that_sleeps_is_given_a_job(client: httpx2.AsyncClient, router: MemoryRouter, state: ModelState):
     router.states["sd15"] = state
     answer = await client.post("/v1/generate", json=DRAW)
     assert answer.status_code == 202
@@ -40,7 +41,7 @@ async def test_a_model_that_sleeps_is_given_a_job(client: httpx2.AsyncClient, ro
 
 
 @pytest.mark.parametrize("state", ["ready", "failed", "missing"])
-async def test_any_other_is_asked_at_once(client: httpx2.AsyncClient, router: MemoryRouter, state: str):
+async def test_any_other_is_asked_at_once(client: httpx2.AsyncClient, router: MemoryRouter, state: ModelState):
     """One that does not run at all says so itself; here it draws."""
     router.states["sd15"] = state
     answer = await client.post("/v1/generate", json=DRAW)
@@ -51,8 +52,7 @@ async def test_the_model_that_is_named_decides(client: httpx2.AsyncClient, route
     router.states["sdxl"] = "cold"
     assert (await client.post("/v1/generate", json=DRAW)).status_code == 200
     assert (await client.post("/v1/generate", json=DRAW | {"model": "sdxl"})).status_code == 202
-    refused_ = await client.post("/v1/generate", json=DRAW | {"model": "sd9"})
-    assert refused_.status_code == 404
+    assert (await client.post("/v1/generate", json=DRAW | {"model": "sd9"})).status_code == 404
 
 
 async def test_a_picture_is_what_accept_asks_for_and_a_job_is_json(client: httpx2.AsyncClient, router: MemoryRouter):
@@ -65,11 +65,12 @@ async def test_a_picture_is_what_accept_asks_for_and_a_job_is_json(client: httpx
 
 
 async def test_upscalers_sleep_too(client: httpx2.AsyncClient, router: MemoryRouter):
-    for state, status in (("ready", 200), ("cold", 202)):
+    states: tuple[tuple[ModelState, int], ...] = (("ready", 200), ("cold", 202))
+    for state, status in states:
         router.states["upscaler"] = state
         answer = await client.post("/v1/upscale", files={"image": PNG}, data={"async": "when_cold"})
         assert answer.status_code == status, answer.text
-    for state, status in (("ready", 200), ("cold", 202)):
+    for state, status in states:
         router.states["x4"] = state
         answer = await client.post("/v1/upscale", files={"image": PNG}, data={"model": "x4", "async": "when_cold"})
         assert answer.status_code == status, answer.text
@@ -92,7 +93,9 @@ async def test_a_key_means_the_same_request_before_and_after_it_woke(client: htt
 async def test_what_does_not_go_with_it_is_refused_whether_the_model_sleeps_or_not(
     client: httpx2.AsyncClient, router: MemoryRouter
 ):
-    for router.states["sd15"] in ("ready", "cold"):
+    states: tuple[ModelState, ...] = ("ready", "cold")
+    for state in states:
+        router.states["sd15"] = state
         hook = {"webhook_url": "https://example.com/hook"}
         refused(await client.post("/v1/generate", json=DRAW | hook), 422, "webhook_url")
         refused(await client.post("/v1/generate", json=DRAW | {"stream": True}), 422, "stream")
