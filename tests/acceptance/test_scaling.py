@@ -15,6 +15,7 @@ __all__ = ["deploy"]  # a fixture
 
 CALLS = 12
 SLEEPER = "model-sd21"
+SHORT = {"look_back_period_s": 1.5, "downscale_to_zero_delay_s": 1}
 
 
 def state(server: Server) -> str:
@@ -25,8 +26,8 @@ def test_a_model_falls_asleep_and_the_first_request_after_that_is_answered(
     server: Server, deploy: Callable[[Change], None]
 ):
     def light_sleeper(config: dict[str, Any]) -> None:
-        scaling = application(config, SLEEPER)["deployments"][0]["autoscaling_config"]
-        scaling |= {"look_back_period_s": 1.5, "downscale_to_zero_delay_s": 1}
+        [options] = application(config, SLEEPER)["deployments"]
+        options["autoscaling_config"] = options["autoscaling_config"] | SHORT  # a new one: the upscaler shares the old
 
     assert server.post(steps=1, model="sd21").status_code == 200
     others = {process.pid for name in ("gateway", "model-sd15", "model-sdxl") for process in server.replicas(name)}
