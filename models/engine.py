@@ -21,7 +21,6 @@ from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidR
 from models.events import Event, Failed, Finished, Progress
 from models.family import Family
 from models.images import encode_preview
-from models.load import Load
 from models.preparation import Preparation
 from models.registered import Adapters
 from models.request import GenerationRequest, warm_up_request
@@ -37,6 +36,17 @@ _STALL_S = 120.0  # busy without a step for so long means stuck
 _ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tried when the cap is measured
 _ALWAYS_TRIED = 16  # rows: on a busy machine one slow forward would pass for the end of what pays
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy an engine is. `seconds_left` estimates when all that it holds now will be done."""
+
+    waiting: int
+    running: int
+    rows: int
+    forwards: int
+    seconds_left: float
 
 
 @dataclass(kw_only=True)
@@ -141,10 +151,7 @@ class Engine:
                 waiting=self._waiting(),
                 running=sum(s.history is not None for s in self._live) + len(self._delivery.queue),
                 rows=sum(sequence.rows for sequence in self._live),
-                batches=sum(sequence.rows / self.batcher.cap(sequence.shape) for sequence in self._live),
                 forwards=self._forwards,
-                work_left=sum(sequence.work for sequence in self._live),
-                seconds_per_work=self._seconds_per_work,
                 seconds_left=self._seconds_left(),
             )
 
