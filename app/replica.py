@@ -44,9 +44,10 @@ class Model:
         return load_family(settings)
 
     async def generate(
-        self, request: EffectiveRequest, progress: bool, id: str, hint: Hint | None = None
+        self, request: EffectiveRequest, progress: bool, id: str, key: str = "", hint: Hint | None = None
     ) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
+        `key` says whose it is.
 
         Progress comes only where `progress` asks for it, since each event costs a millisecond on its way. The hint is
         what the call was routed by.
@@ -62,7 +63,7 @@ class Model:
         def submit() -> Origin:
             origin = self._origins.of(Needs.of(request))
             on_event = partial(loop.call_soon_threadsafe, chain.put)
-            self._engine.submit(chain.first, on_event, progress=progress, id=id)
+            self._engine.submit(chain.first, on_event, progress=progress, id=id, key=key)
             self._vitals.note(hint or Hint.of(request))
             return origin
 
@@ -116,6 +117,8 @@ class Model:
             "running": load.running,
             "rows": load.rows,
             "forwards": load.forwards,
+            "work_left": load.work_left,
+            "seconds_per_work": load.seconds_per_work,
             "seconds_left": load.seconds_left,
         }
 
@@ -242,7 +245,13 @@ def start_engine(
             preprocessors=settings.located_preprocessors,
             lora_bytes=settings.lora_cache_mib * 2**20,
         )
-        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting, adapters=adapters)
+        engine = Engine(
+            family,
+            settings.card(),
+            max_waiting=settings.max_waiting,
+            max_wait_s=settings.max_wait_s,
+            adapters=adapters,
+        )
         if warm_up:
             engine.warm_up(settings.max_rows)
         return engine

@@ -24,6 +24,7 @@ from app.admission import Admission, Place
 from app.errors import NotRunning, ReplicaDied
 from app.events import ASLEEP, Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.hint import Hint
+from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.running import Running
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
@@ -166,7 +167,7 @@ class Router:
                 handle = await self._handle(model)
             accepted = running.accepted
             sent = running.request
-            response = handle.generate.remote(sent, progress, id, hint=hint)
+            response = handle.generate.remote(sent, progress, id, current.get().id, hint=hint)
             while True:
                 async with running.patience():
                     event = await anext(response, None)

@@ -76,12 +76,14 @@ class Handle:
         self.requests: list[EffectiveRequest] = []
         self.ids: list[str] = []
         self.hints: list[Hint] = []
+        self.keys: list[str] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: EffectiveRequest, progress: bool, id: str, hint: Hint) -> Response:
+    def _remote(self, request: EffectiveRequest, progress: bool, id: str, key: str, hint: Hint) -> Response:
         self.requests.append(request)
         self.hints.append(hint)
         self.ids.append(id)
+        self.keys.append(key)
         return self.responses[len(self.requests) - 1]
 
 
