@@ -39,8 +39,7 @@ class WorkPolicy:
         mean_s = sum(request_s.values()) / len(request_s) if request_s else 0.0
         queued = context.total_queued_requests or 0.0
         seconds = sum(left.values()) + mean_s * queued
-        shares = (context.aggregated_metrics or {}).get("busy", {})
-        wanted = max(_ceil(seconds / self._drain_s), _ceil(sum(shares.values()) / HEADROOM))
+        wanted = max(_ceil(seconds / self._drain_s), _ceil(_in_use(context) / HEADROOM))
         wanted = min(wanted, _ceil(sum(_freshest(context, "pictures").values()) + queued))
         return max(wanted, int(context.total_num_requests > 0)), {}
 
@@ -49,6 +48,13 @@ def _freshest(context: "AutoscalingContext", name: str) -> Mapping[Any, float]:
     """Each running replica's last report of a number; those that have not reported yet are not in it."""
     series = (context.raw_metrics or {}).get(name, {})
     return {replica: points[-1].value for replica, points in series.items() if points}
+
+
+def _in_use(context: "AutoscalingContext") -> float:
+    """Replicas' worth of throughput that was in use over the window. The mean, whatever Serve's own `aggregation_function`
+    makes of requests."""
+    series = (context.raw_metrics or {}).get("busy", {})
+    return sum(sum(point.value for point in points) / len(points) for points in series.values() if points)
 
 
 def _ceil(replicas: float) -> int:

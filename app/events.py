@@ -17,7 +17,7 @@ Ending = Literal["accept", "cancel"]  # how a running request may be made to end
 class Admitted:
     """The engine took the request on. `waiting` requests were before it; nothing of it can be refused from now on.
 
-    `seconds_per_work` is the engine's pace, in units of models/work.py.
+    `seconds_per_work` is the engine's pace in full forwards, for work as in models/work.py.
     """
 
     waiting: int

@@ -48,8 +48,6 @@ _MODEL = serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
 )
 
-_BY_WORK = RequestRouterConfig(request_router_class=WorkRouter, request_routing_stats_period_s=REPORT_S)
-
 _UPSCALER = serve.deployment(
     name=UPSCALER_DEPLOYMENT,
     max_ongoing_requests=256,  # likewise: the replica refuses first
@@ -86,7 +84,12 @@ def served(by: type[Model], args: ModelSettings) -> Application:
     """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
     deployment = _MODEL(by)
     if args.routing == "work":
-        deployment = deployment.options(request_router_config=_BY_WORK)
+        router = RequestRouterConfig(
+            request_router_class=WorkRouter,
+            request_router_kwargs={"hold_s": args.hold_s},
+            request_routing_stats_period_s=REPORT_S,
+        )
+        deployment = deployment.options(request_router_config=router)
     return deployment.bind(args)
 
 

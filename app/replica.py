@@ -4,6 +4,7 @@ torch is imported when a replica is made, never when this module is: Serve's own
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -58,7 +59,7 @@ class Model:
         events: asyncio.Queue[Event] = asyncio.Queue()
         chain = Chain(request, events, self._upscaler)
         loop = asyncio.get_running_loop()
-        load = self._engine.load()
+        waiting = self._engine.load().waiting
 
         def submit() -> Origin:
             origin = self._origins.of(Needs.of(request))
@@ -86,7 +87,7 @@ class Model:
 
         try:
             with endings.alive(id, end):
-                yield Admitted(waiting=load.waiting, origin=origin, seconds_per_work=load.seconds_per_work)
+                yield Admitted(waiting=waiting, origin=origin, seconds_per_work=self._pace)
                 unfinished = request.samples
                 while unfinished:
                     event = await events.get()
@@ -122,13 +123,18 @@ class Model:
             "seconds_left": load.seconds_left,
         }
 
+    @property
+    def _pace(self) -> float:
+        """Seconds per unit of work in full forwards."""
+        return self._engine.pace.seconds_per_work(math.inf)
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it about once a second, for the autoscaling policy."""
-        return self._vitals.autoscaling(self._engine.load())
+        return self._vitals.autoscaling(self._engine.load(), self._pace)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve asks for it about once a second, for the routers of all handles."""
-        return self._vitals.routing(self._engine.load())
+        return self._vitals.routing(self._engine.load(), self._pace)
 
     def check_health(self) -> None:
         """Raises when the engine can no longer work, so that Serve replaces the replica."""

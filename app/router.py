@@ -83,7 +83,8 @@ class Router:
         """The events of a request. Pictures do not depend on where they are made (each has its own seed), so a request
         whose replica died is sent once more, and what was delivered already is left out. Raises ReplicaDied where the
         last one died too."""
-        running, hint = Running(request, self._patience_s(request)), Hint.of(request)
+        running = Running(request, self._patience_s(request))
+        hint = Hint.of(request, current.get().id)
         with endings.alive(id, running.end), ExitStack() as stack:
             async with running.patience():
                 asleep = await self.state(request.model) in ASLEEP

@@ -13,10 +13,12 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from app.hint import Hint
+from app.hint import Hint, Party
+from app.lobby import Lobby
 
 REPORT_S = 1.0  # how often replicas are asked
 LAG_S = 1.5 * REPORT_S  # how old a report may be when it arrives here: what was sent since then is not in it
+RECHECK_S = 1.0  # how long a call waits for room before it looks itself
 STALE_S = 10.0  # an unchanged report that is older is that of an idle replica, or of a controller that is away
 # What a replica that is not warm counts for, in times of the request's own work: a LoRA has to be read and put in
 # place, a new size at most prepared for.
@@ -90,11 +92,22 @@ def ends(standings: Iterable[Standing], hint: Hint, now: float) -> list[float]:
 
 
 class WorkRouter(RequestRouter):
-    """Serve's router for handles of a model. Where calls come without a hint they go where least is left."""
+    """Serve's router for handles of a model. Where calls come without a hint they go where least is left.
+
+    With `hold_s` no replica is sent more than so many seconds of work while it can wait here: an engine keeps what it
+    has taken on, so that a replica that comes later could not help. Whoever has nothing at any replica is let through,
+    and so is what has a deadline, for engines to judge.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._standings: dict[ReplicaID, Standing] = {}
+        self._lobby = Lobby()
+        self._hold_s = math.inf
+
+    def initialize_state(self, hold_s: float | None = None) -> None:
+        """Serve calls it with `request_router_kwargs`."""
+        self._hold_s = math.inf if hold_s is None else hold_s
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve calls it whenever a replica comes, goes or reports something new."""
@@ -103,6 +116,7 @@ class WorkRouter(RequestRouter):
         self._standings = {r.replica_id: self._standings.get(r.replica_id, Standing()) for r in replicas}
         for replica in replicas:
             self._standings[replica.replica_id].hear(replica.routing_stats or {}, now)
+        self._let_in()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -128,6 +142,7 @@ class WorkRouter(RequestRouter):
             while not self._replicas:
                 self._replicas_updated_event.clear()
                 await self._replicas_updated_event.wait()
+            await self._room(_hint(pending_request))
             for rank in await self.choose_replicas(self._replicas_list, pending_request):
                 replica = await self._select_from_candidate_replicas(rank, attempt)
                 if replica is not None:
@@ -141,11 +156,39 @@ class WorkRouter(RequestRouter):
         """Counts a call from when it is chosen for, so that those chosen for at the same time spread."""
         sent = Sent(id=pending_request.metadata.internal_request_id, hint=_hint(pending_request), at=time.monotonic())
         self._standings.setdefault(replica, Standing()).sent.append(sent)
+        self._let_in()
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls it once for each call that was chosen for, however it ended."""
         if replica_id in self._standings:
             self._standings[replica_id].done(internal_request_id)
+            self._let_in()
+
+    async def _room(self, hint: Hint) -> None:
+        """Waits until a replica has room, where the call has to wait for that."""
+        if hint.urgent or not self._under_way(hint.party) or (self._has_room() and not self._lobby):
+            return
+        with self._lobby.place(hint) as waiter:
+            while not await waiter.called(RECHECK_S):
+                self._let_in()  # nobody may have said that a report has become too old to count
+
+    def _let_in(self) -> None:
+        """Lets one call in where there is room, or where it has come to have nothing at any replica. The next one
+        follows once it is known where this one goes."""
+        waiter = self._lobby.next(self._under_way)
+        if waiter is not None and (self._has_room() or not self._under_way(waiter.hint.party)):
+            self._lobby.call(waiter)
+
+    def _has_room(self) -> bool:
+        if math.isinf(self._hold_s):
+            return True
+        now = time.monotonic()
+        return any(standing.left(now) * standing.pace < self._hold_s for standing in self._standings.values())
+
+    def _under_way(self, party: Party) -> float:
+        """The work that somebody has at replicas, as far as it was sent from here."""
+        sent = (one.hint for standing in self._standings.values() for one in standing.sent)
+        return sum(hint.work for hint in sent if hint.party == party)
 
 
 def _hint(pending_request: PendingRequest | None) -> Hint:

@@ -87,6 +87,9 @@ class ModelSettings(Strict):
     routing: Literal["work", "default"] = Field(
         default="work", description="how one of several replicas is chosen: by work and warmth, or as Serve does"
     )
+    hold_s: Positive | None = Field(
+        default=None, description="seconds of work that a replica has before more waits for another; for several replicas"
+    )
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
     preprocessors: dict[Literal["depth", "pose"], str] = Field(
         default_factory=dict, description="name -> folder of the weights it needs"
@@ -97,6 +100,8 @@ class ModelSettings(Strict):
     def _nothing_is_in_vain(self) -> Self:
         if self.family in UPSCALING and (self.controlnets or self.preprocessors):
             raise ValueError(f"controlnets and preprocessors do not go with the family {self.family}")
+        if self.hold_s is not None and self.routing != "work":
+            raise ValueError("hold_s needs routing: work")
         return self
 
     @property

@@ -8,13 +8,11 @@ from models.load import Load
 
 FRESH = 0.1  # of the mean work of a request, what the latest one counts
 KEPT = 64  # names and sizes that were met lately, of each
-# The part of a full forward's time that an empty one would take. The cap in rows is where more rows gain less than a
-# tenth (models/batcher.py, knee); for a time that grows by a fixed part and one for each row this is about that point.
-FIXED = 0.2
 
 
 class Vitals:
-    """Of one replica. Requests are noted from any thread, stats are asked for by Serve."""
+    """Of one replica. Requests are noted from any thread, stats are asked for by Serve. `pace` is the engine's in full
+    forwards, in seconds per unit of work: at that pace it would do what waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,30 +27,29 @@ class Vitals:
             _meet(self._loras, hint.loras)
             _meet(self._sizes, (hint.size,))
 
-    def autoscaling(self, load: Load) -> dict[str, float]:
+    def autoscaling(self, load: Load, pace: float) -> dict[str, float]:
         """For app.autoscaling.WorkPolicy: seconds of work left, of how many pictures, seconds of a mean request, and
         the share of what the replica can do that is in use."""
         return {
-            "seconds_left": float(load.seconds_left),
+            "seconds_left": load.work_left * pace,
             "pictures": float(load.waiting + load.running),
-            "request_s": self._mean_work * load.seconds_per_work,
-            "busy": busy(load.batches),
+            "request_s": self._mean_work * pace,
+            "busy": busy(load, pace),
         }
 
-    def routing(self, load: Load) -> dict[str, Any]:
+    def routing(self, load: Load, pace: float) -> dict[str, Any]:
         """For app.routing.WorkRouter."""
         with self._lock:
             met = {"loras": list(self._loras), "sizes": list(self._sizes)}
-        return {"work_left": float(load.work_left), "seconds_per_work": load.seconds_per_work} | met
+        return {"work_left": float(load.work_left), "seconds_per_work": pace} | met
 
 
-def busy(batches: float) -> float:
-    """The share of an engine's throughput in use while its forwards are this full: 0 for none, 1 for full ones.
-
-    Half-full forwards do more than half of the work, because a forward has a fixed part.
-    """
-    filled = min(1.0, batches)
-    return filled * (1 + FIXED) / (filled + FIXED)
+def busy(load: Load, pace: float) -> float:
+    """The share of an engine's throughput that is in use: what a unit of work takes in full forwards, over what it
+    takes in those of now. A half-full forward does more than half of a full one's work, where it has a fixed part."""
+    if not load.work_left or not load.seconds_per_work:
+        return 0.0
+    return min(1.0, pace / load.seconds_per_work)
 
 
 def _meet(met: dict[str, None], names: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ BRINGS_TORCH = ("torch", "torchvision", "diffusers", "transformers", "accelerate
 TORCH_FREE_MODELS = tuple(
     f"models.{name}"
     for name in (
-        *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas", "load", "work"),
+        *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas"),
         *("images", "decoding", "png", "exif", "infotext", "metadata", "document"),
         *("work", "pace", "load", "turns", "admission"),
     )
@@ -40,7 +40,7 @@ TORCH_FREE_APP = tuple(
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
         *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
         *("cache", "drawing", "origin", "replay", "results"),
-        *("admission", "autoscaling", "hint", "routing", "vitals"),
+        *("admission", "autoscaling", "hint", "lobby", "routing", "vitals"),
     )
 )
 

@@ -11,8 +11,9 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from app.autoscaling import WorkPolicy
 from app.hint import Hint
-from app.vitals import FIXED, KEPT, Vitals, busy
+from app.vitals import KEPT, Vitals, busy
 from models.load import Load
+from models.pace import Pace
 
 MODEL = DeploymentID("Model", "model-sd15")
 POLICY = WorkPolicy(drain_s=10.0)
@@ -29,15 +30,21 @@ def context(
     ids = [ReplicaID(str(number), MODEL) for number in range(len(stats))]
     told = [(id, one) for id, one in zip(ids, stats, strict=True) if one is not None]
     names = ("seconds_left", "pictures", "request_s", "busy")
-    raw = {n: {id: [TimeStampedValue(0, -1.0), TimeStampedValue(1, s[n])] for id, s in told} for n in names}
+    raw = {n: {id: series(n, s[n]) for id, s in told} for n in names}
     return AutoscalingContext(
         deployment_id=MODEL, deployment_name=MODEL.name, app_name=MODEL.app_name,
         current_num_replicas=len(ids), target_num_replicas=len(ids) if target is None else target, running_replicas=ids,
         total_num_requests=requests, total_queued_requests=queued,
-        aggregated_metrics={"busy": {id: s["busy"] for id, s in told}}, raw_metrics=raw if told else {},
+        aggregated_metrics={}, raw_metrics=raw if told else {},
         capacity_adjusted_min_replicas=0, capacity_adjusted_max_replicas=99, policy_state={},
         last_scale_up_time=None, last_scale_down_time=None, current_time=1.0, config=config,
     )  # fmt: skip
+
+
+def series(name: str, value: float) -> list[TimeStampedValue]:
+    """A window of reports: shares have the value as their mean, of all else it is the last one."""
+    before = 0.5 * value if name == "busy" else -1.0
+    return [TimeStampedValue(0, before), TimeStampedValue(1, 1.5 * value if name == "busy" else value)]
 
 
 def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures: float = 99.0) -> dict[str, float]:
@@ -70,7 +77,7 @@ def test_the_policy_asks_for(given: AutoscalingContext, wanted: int):
 
 
 def test_the_freshest_report_counts_and_not_the_windows_mean():
-    """In the raw metrics above each replica said -1 before: a mean would be below what it has now."""
+    """Each replica above said -1 before: a mean would be below what it has now."""
     assert POLICY(context(replica(left=10.1), requests=1))[0] == 2
 
 
@@ -93,41 +100,41 @@ def test_serve_can_send_the_policy_to_its_controller():
 # What replicas tell
 
 
-def load(
-    seconds_left: float = 0.0, batches: float = 0.0, pace: float = 0.5, waiting: int = 0, running: int = 0
-) -> Load:
+def load(work_left: float = 0.0, seconds_per_work: float = 0.5, waiting: int = 0, running: int = 0) -> Load:
     return Load(
-        waiting=waiting, running=running, rows=0, batches=batches, forwards=0, work_left=seconds_left / pace,
-        seconds_per_work=pace, seconds_left=seconds_left,
-    )  # fmt: skip
+        waiting=waiting, running=running, rows=0, forwards=0, work_left=work_left, seconds_per_work=seconds_per_work
+    )
 
 
 def test_a_replica_tells_what_is_left_and_what_a_mean_request_takes():
     vitals = Vitals()
-    assert vitals.autoscaling(load()) == {"seconds_left": 0.0, "pictures": 0.0, "request_s": 0.0, "busy": 0.0}
+    assert vitals.autoscaling(load(), 0.5) == {"seconds_left": 0.0, "pictures": 0.0, "request_s": 0.0, "busy": 0.0}
     vitals.note(Hint(work=8.0))
     told = {"seconds_left": 3.0, "pictures": 3.0, "request_s": 4.0, "busy": 1.0}
-    assert vitals.autoscaling(load(3.0, batches=1.0, waiting=2, running=1)) == told
+    assert vitals.autoscaling(load(6.0, waiting=2, running=1), 0.5) == told
     for _ in range(200):
         vitals.note(Hint(work=4.0))
-    assert vitals.autoscaling(load())["request_s"] == pytest.approx(2.0, rel=0.01)
+    assert vitals.autoscaling(load(), 0.5)["request_s"] == pytest.approx(2.0, rel=0.01)
 
 
-@pytest.mark.parametrize("batches", [0.05, 0.125, 0.5, 0.9, 1.0, 7.0])
-def test_how_busy_an_engine_is_follows_from_how_full_its_forwards_are(batches: float):
-    """Rows a second of a forward with a fixed part, over those of a full one."""
-
-    def rate(filled: float) -> float:
-        return filled / (FIXED + filled)
-
-    assert busy(batches) == pytest.approx(rate(min(1.0, batches)) / rate(1.0))
+@pytest.mark.parametrize(("fixed_s", "shares"), [(0.0, (1.0, 1.0, 1.0)), (0.16, (0.22, 0.67, 1.0)), (9.0, (0.13, 0.5, 1.0))])
+def test_how_busy_an_engine_is_follows_from_how_its_pace_grows_with_its_forwards(
+    fixed_s: float, shares: tuple[float, float, float]
+):
+    """Of 16 rows at most, with 10 ms for each and a fixed part: none as on a processor, or nearly all as on a GPU."""
+    pace = Pace()
+    pace.learn({rows: fixed_s + 0.01 * rows for rows in (1, 2, 4, 8, 16, 32)}, usual=2, full=16)
+    full = pace.seconds_per_work(math.inf)
+    told = [busy(load(work_left=1.0, seconds_per_work=pace.seconds_per_work(rows)), full) for rows in (2, 8, 99)]
+    assert told == pytest.approx(shares, abs=0.01)
+    assert busy(load(work_left=0.0, seconds_per_work=pace.seconds_per_work(0)), full) == 0.0
 
 
 def test_a_replica_tells_routers_what_it_met_lately_and_forgets_what_is_long_ago():
     vitals = Vitals()
     for number in range(KEPT + 1):
         vitals.note(Hint(loras=(f"l{number}", "often"), size=f"{number}x8"))
-    told = vitals.routing(load(2.0))
+    told = vitals.routing(load(4.0), 0.5)
     assert (told["work_left"], told["seconds_per_work"]) == (4.0, 0.5)
     assert len(told["loras"]) == len(told["sizes"]) == KEPT
     assert "often" in told["loras"] and "l0" not in told["loras"] and "0x8" not in told["sizes"]
@@ -139,13 +146,15 @@ def test_a_replica_tells_routers_what_it_met_lately_and_forgets_what_is_long_ago
 @dataclass
 class Fleet:
     """Replicas that share work evenly, each as fast as a forward with a fixed part is at its batch; Serve's delays,
-    its look-back window, and a model that takes `start_s` to load."""
+    its look-back window, and a model that takes `start_s` to load. Work is in seconds of one replica's full forwards;
+    the fixed part is in times of what the rows of a full one take."""
 
     config: AutoscalingConfig
+    fixed: float = 0.2
     start_s: float = 10.0
     cap: int = 16  # rows
     request_rows: int = 2
-    request_s: float = 2.0  # that a request takes alone at a full batch's pace, in seconds of one replica
+    request_s: float = 0.5
     queue: list[float] = field(default_factory=list)  # the work of each request that is left
     running: int = 1
     starting: list[float] = field(default_factory=list)
@@ -162,13 +171,14 @@ class Fleet:
         while self.owed >= self.request_s:
             self.owed -= self.request_s
             self.queue.append(self.request_s)
-        each = len(self.queue) * self.request_rows / max(self.running, 1) / self.cap
-        done = self.running * busy(each)
+        filled = min(1.0, len(self.queue) * self.request_rows / max(self.running, 1) / self.cap)
+        share = filled * (1 + self.fixed) / (filled + self.fixed)
+        done = self.running * share
         self.waits.append(sum(self.queue) / max(self.running, 1))
         for place in range(len(self.queue)):
             self.queue[place] -= done / len(self.queue)
         self.queue = [left for left in self.queue if left > 0]
-        self.window = [*self.window, busy(each)][-int(self.config.look_back_period_s) :]
+        self.window = [*self.window, share][-int(self.config.look_back_period_s) :]
         self._scale(now)
 
     def _scale(self, now: float) -> None:
@@ -197,15 +207,17 @@ def changes(counts: list[int]) -> int:
     return sum(before != after for before, after in zip(counts, counts[1:], strict=False))
 
 
-@pytest.mark.parametrize("load", [0.3, 0.9, 2.4, 3.2, 6.5])
-def test_steady_traffic_is_held_without_swinging(load: float):
+@pytest.mark.parametrize("fixed", [0.05, 0.2, 2.0])
+@pytest.mark.parametrize("arriving", [0.3, 0.9, 2.4, 3.2, 6.5])
+def test_steady_traffic_is_held_without_swinging(arriving: float, fixed: float):
     """For an hour, after the first five minutes, in which the fleet finds its size."""
-    fleet = Fleet(configured())
+    fleet = Fleet(configured(), fixed)
     for now in range(3900):
-        fleet.second(float(now), load)
+        fleet.second(float(now), arriving)
     settled = fleet.counts[300:]
     assert changes(settled) <= 4, settled[::60]
-    assert load <= min(settled) and max(settled) <= load / 0.5 + 1
+    assert arriving <= min(settled)
+    assert max(settled) <= arriving / 0.5 + 1
     assert max(fleet.waits[300:]) < 10.0
 
 
@@ -223,7 +235,7 @@ def test_a_load_that_rises_holds_and_stops_is_followed():
 
 
 def test_a_burst_is_answered_within_seconds_and_then_forgotten():
-    fleet = Fleet(configured(), queue=[2.0] * 100)
+    fleet = Fleet(configured(), queue=[1.0] * 100)
     for now in range(200):
         fleet.second(float(now), 0.0)
     assert max(fleet.counts[:5]) >= 10
