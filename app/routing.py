@@ -166,7 +166,9 @@ class WorkRouter(RequestRouter):
 
     async def _room(self, hint: Hint) -> None:
         """Waits until a replica has room, where the call has to wait for that."""
-        if hint.urgent or not self._under_way(hint.party) or (self._has_room() and not self._lobby):
+        if math.isinf(self._hold_s) or hint.urgent or (self._has_room() and not self._lobby):
+            return
+        if not self._under_way(hint.party):
             return
         with self._lobby.place(hint) as waiter:
             while not await waiter.called(RECHECK_S):
@@ -180,8 +182,6 @@ class WorkRouter(RequestRouter):
             self._lobby.call(waiter)
 
     def _has_room(self) -> bool:
-        if math.isinf(self._hold_s):
-            return True
         now = time.monotonic()
         return any(standing.left(now) * standing.pace < self._hold_s for standing in self._standings.values())
 

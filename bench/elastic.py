@@ -47,7 +47,7 @@ class Contender:
     """A way to choose how many replicas there are, and which of them gets a request."""
 
     name: str
-    routing: str
+    args: Mapping[str, Any]  # of the model
     scaling: Mapping[str, Any]
 
 
@@ -68,12 +68,16 @@ class Result:
         return _percentile([of(one) for one in self.answers if steps in (None, one.arrival.steps)], percent)
 
 
-def contenders(drain_s: float, target: float) -> tuple[Contender, Contender]:
+def contenders(drain_s: float, hold_s: float, target: float) -> tuple[Contender, Contender]:
     """By work, and as Serve does it unless told otherwise."""
     policy = {"policy_function": WORK_POLICY, "policy_kwargs": {"drain_s": drain_s}}
     return (
-        Contender(name="by work", routing="work", scaling={"policy": policy}),
-        Contender(name="by requests", routing="default", scaling={"target_ongoing_requests": target}),
+        Contender(
+            name="by work",
+            args={"routing": "work", "hold_s": hold_s},
+            scaling={"policy": policy, "aggregation_function": "max"},
+        ),
+        Contender(name="by requests", args={"routing": "default"}, scaling={"target_ongoing_requests": target}),
     )
 
 
@@ -83,7 +87,7 @@ def configuration(folder: Path, contender: Contender) -> dict[str, Any]:
     by_name = {application["name"]: application for application in shipped["applications"]}
     model, gateway = by_name[APPLICATION], by_name["gateway"]
     del gateway["args"]["jobs"]
-    settings = {"max_rows": MAX_ROWS, "max_waiting": 1000, "threads": 1, "routing": contender.routing}
+    settings = {"max_rows": MAX_ROWS, "max_waiting": 1000, "threads": 1, **contender.args}
     model["args"] = {key: model["args"][key] for key in ("name", "family", "source")} | settings
     model["deployments"][0]["autoscaling_config"] = {"min_replicas": 0, "max_replicas": MOST, **DELAYS, **contender.scaling}
     offered = {"models": [model["args"]], "default_model": MODEL}
@@ -188,6 +192,7 @@ async def compare(ways: Sequence[Contender], arrivals: Sequence[Arrival], progre
 def main(
     seed: Annotated[int, typer.Option(help="Of the trace.")] = 1,
     drain_s: Annotated[float, typer.Option(help="Of the work policy.")] = 3.0,
+    hold_s: Annotated[float, typer.Option(help="Of the work router.")] = 5.0,
     target: Annotated[float, typer.Option(help="Ongoing requests a replica is to have, for Serve's policy.")] = 8.0,
     quick: Annotated[bool, typer.Option("--quick", help="A short trace, whose figures mean little.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for elastic.json and elastic.png.")] = Path("out/bench"),
@@ -200,10 +205,10 @@ def main(
     shape = QUICK if quick else Shape()
     arrivals = trace(shape, seed)
     with Progress(console=console, refresh_per_second=1) as progress:
-        results = asyncio.run(compare(contenders(drain_s, target), arrivals, progress))
+        results = asyncio.run(compare(contenders(drain_s, hold_s, target), arrivals, progress))
     sheet = sheet_of(results)
     console.print(sheet.rich())
-    facts = _facts(arrivals, shape, drain_s, target, machine)
+    facts = _facts(arrivals, shape, f"drain_s {drain_s:g}", f"hold_s {hold_s:g}", target, machine)
     console.print(*facts, *sorted({a.error for r in results for a in r.answers if a.error}), sep="\n", highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     (out / "elastic.json").write_text(json.dumps([asdict(result) for result in results]) + "\n")
@@ -214,11 +219,13 @@ def main(
         readme.publish("elastic", "\n\n".join([sheet.markdown(), picture, *facts]))
 
 
-def _facts(arrivals: Sequence[Arrival], shape: Shape, drain_s: float, target: float, machine: Any) -> list[str]:
+def _facts(
+    arrivals: Sequence[Arrival], shape: Shape, drain: str, hold: str, target: float, machine: Any
+) -> list[str]:
     delays = ", ".join(f"{name} {value}" for name, value in DELAYS.items())
     return [
         f"{len(arrivals)} requests, half of {SHORT} and half of {LONG} steps, at most {shape.peak:g} a second; 0 to "
-        f"{MOST} replicas, {delays}. By work: WorkPolicy with drain_s {drain_s:g}, WorkRouter. By requests: Serve's default "
+        f"{MOST} replicas, {delays}. By work: WorkPolicy with {drain}, WorkRouter with {hold}. By requests: Serve's default "
         f"policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
         f"{SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows.",
         "Wait: all of a request's time that was not work on it. First: the first request's, which wakes the model. "

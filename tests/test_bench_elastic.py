@@ -41,11 +41,11 @@ def test_replica_seconds_count_all_that_hold_a_place():
 
 def test_both_contenders_have_the_same_bounds_and_configurations_that_the_server_accepts(tmp_path: Path):
     scalings = []
-    for contender in contenders(drain_s=3.0, target=8.0):
+    for contender in contenders(drain_s=3.0, hold_s=5.0, target=8.0):
         config = configuration(tmp_path, contender)
         assert len(Deployment.model_validate(real(config)).models) == 1
         model = config["applications"][0]
-        assert model["args"]["routing"] == contender.routing
+        assert model["args"]["routing"] == contender.args["routing"]
         scalings.append(model["deployments"][0]["autoscaling_config"])
     assert all(scaling | DELAYS == scaling and scaling["max_replicas"] == MOST for scaling in scalings)
     assert "policy" in scalings[0] and "policy" not in scalings[1]

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from app import endings
 from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
-from app.hint import Hint
+from app.hint import Hint, Party
 from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Finished, Progress
@@ -147,7 +147,8 @@ async def test_serves_refusals_are_ours(routed, fault: Exception, kind: type[Hel
 async def test_a_call_says_what_it_costs_and_what_it_wants_to_find(routed):
     router, handle = routed([ADMITTED, finished(0), finished(1)])
     await collect(router, replace(REQUEST, adapters=(AdapterUse(name="moon"), AdapterUse(name="ink"))))
-    assert handle.hints == [Hint(work=work(REQUEST), loras=("ink", "moon"), size="128x128")]
+    party = Party("anonymous", batch=False)
+    assert handle.hints == [Hint(work=work(REQUEST), loras=("ink", "moon"), size="128x128", party=party)]
 
 
 async def test_of_a_model_that_wakes_up_no_more_work_waits_here_than_may(routed):

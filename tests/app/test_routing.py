@@ -1,11 +1,15 @@
 """Which replica a request goes to, by what is known of each: pure functions."""
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
 
-from app.hint import Hint
-from app.routing import COLD_LORA, COLD_SIZE, LAG_S, STALE_S, Sent, Standing, ends
+from app.hint import Hint, Party
+from app.routing import COLD_LORA, COLD_SIZE, LAG_S, STALE_S, Sent, Standing, WorkRouter, ends
 from models.parts import AdapterUse
 from models.request import GenerationRequest
 from models.work import work
@@ -118,3 +122,104 @@ def test_calls_at_the_same_time_spread():
         chosen.sent.append(sent(id=str(number)))
     assert [len(standing.sent) for standing in standings] == [10] * 4
 
+
+# The router, on replicas that always have a place. Real ones are in tests/acceptance/test_scaling.py
+
+MODEL = DeploymentID("Model", "model-sd15")
+ANN, BOB = Party("ann", batch=False), Party("bob", batch=False)
+
+
+def replica(name: str, **told: Any) -> Any:
+    async def get_queue_len(deadline_s: float) -> int:
+        return 0
+
+    id = ReplicaID(name, MODEL)
+    return SimpleNamespace(
+        replica_id=id, routing_stats=report(**told), max_ongoing_requests=1000, get_queue_len=get_queue_len
+    )
+
+
+def router(*replicas: Any, hold_s: float | None = None) -> WorkRouter:
+    made = WorkRouter(MODEL, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
+    made.initialize_state(hold_s=hold_s)
+    made.update_replicas(list(replicas))
+    return made
+
+
+def call(router: WorkRouter, hint: Hint = PLAIN, id: str = "one") -> "asyncio.Task[Any]":
+    metadata = RequestMetadata(request_id=id, internal_request_id=id)
+    pending = PendingRequest(args=[], kwargs={"hint": hint}, metadata=metadata)
+    return asyncio.create_task(router._choose_replica_for_request(pending))
+
+
+def by(party: Party, **options: Any) -> Hint:
+    return Hint(work=5.0, size="128x128", party=party, **options)
+
+
+async def settled(*calls: "asyncio.Task[Any]") -> list[str | None]:
+    """Where each call goes by now; None for those that wait."""
+    await asyncio.sleep(0.05)
+    return [call.result().replica_id.unique_id if call.done() else None for call in calls]
+
+
+async def test_calls_that_share_an_id_each_get_a_replica_and_spread():
+    ours = router(replica("r1"), replica("r2"), replica("r3"))
+    went = await settled(*(call(ours) for _ in range(12)))
+    assert sorted(map(str, went)) == ["r1"] * 4 + ["r2"] * 4 + ["r3"] * 4
+
+
+async def test_calls_without_a_hint_go_somewhere():
+    ours = router(replica("r1"))
+    metadata = RequestMetadata(request_id="x", internal_request_id="x")
+    pending = PendingRequest(args=[], kwargs={}, metadata=metadata)
+    assert (await ours._choose_replica_for_request(pending)).replica_id.unique_id == "r1"
+
+
+async def test_without_replicas_calls_wait_for_one():
+    ours = router()
+    waiting = [call(ours), call(ours)]
+    assert await settled(*waiting) == [None, None]
+    ours.update_replicas([replica("r1")])
+    assert await settled(*waiting) == ["r1", "r1"]
+
+
+async def test_what_a_replica_cannot_soon_do_waits_for_one_that_comes_later():
+    ours = router(replica("r1"), hold_s=10.0)
+    calls = [call(ours, by(ANN), id=str(number)) for number in range(5)]
+    assert await settled(*calls) == ["r1", "r1", None, None, None]
+    ours.update_replicas([replica("r1"), replica("r2")])
+    assert await settled(*calls) == ["r1", "r1", "r2", "r2", None]
+    ours.on_request_completed(ReplicaID("r1", MODEL), "0")
+    assert await settled(*calls) == ["r1", "r1", "r2", "r2", "r1"]
+
+
+async def test_a_flood_that_waits_does_not_hold_others_up():
+    ours = router(replica("r1"), hold_s=10.0)
+    anns = [call(ours, by(ANN), id=str(number)) for number in range(5)]
+    await settled(*anns)
+    bobs = [call(ours, by(BOB), id=f"bob {number}") for number in range(2)]
+    urgent = call(ours, by(ANN, urgent=True), id="urgent")
+    assert await settled(*bobs, urgent) == ["r1", None, "r1"]
+    ours.on_request_completed(ReplicaID("r1", MODEL), "bob 0")
+    ours.on_request_completed(ReplicaID("r1", MODEL), "urgent")
+    ours.on_request_completed(ReplicaID("r1", MODEL), "0")
+    assert await settled(*bobs, *anns) == ["r1", "r1", "r1", "r1", None, None, None]
+
+
+async def test_a_call_that_is_cancelled_leaves_its_turn_to_the_next():
+    ours = router(replica("r1"), hold_s=5.0)
+    first, second, third = (call(ours, by(ANN), id=str(number)) for number in range(3))
+    assert await settled(first, second, third) == ["r1", None, None]
+    second.cancel()
+    ours.on_request_completed(ReplicaID("r1", MODEL), "0")
+    await asyncio.gather(second, return_exceptions=True)
+    assert await settled(third) == ["r1"]
+
+
+async def test_who_comes_to_have_nothing_under_way_waits_no_longer():
+    """Also where replicas stay full of what others have sent them."""
+    ours = router(replica("r1", work_left=99.0), hold_s=5.0)
+    first, second = (call(ours, by(ANN), id=str(number)) for number in range(2))
+    assert await settled(first, second) == ["r1", None]
+    ours.on_request_completed(ReplicaID("r1", MODEL), "0")
+    assert await settled(second) == ["r1"]
