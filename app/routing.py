@@ -4,6 +4,7 @@ Serve pickles this module by value into every process that calls a model. Each s
 which hears of each replica once a second and knows itself what it has sent since.
 """
 
+import asyncio
 import math
 import random
 import time
@@ -170,9 +171,13 @@ class WorkRouter(RequestRouter):
             return
         if not self._under_way(hint.party):
             return
-        with self._lobby.place(hint) as waiter:
-            while not await waiter.called(RECHECK_S):
-                self._let_in()  # nobody may have said that a report has become too old to count
+        try:
+            with self._lobby.place(hint) as waiter:
+                while not await waiter.called(RECHECK_S):
+                    self._let_in()  # nobody may have said that a report has become too old to count
+        except asyncio.CancelledError:
+            self._let_in()  # it may have been its turn
+            raise
 
     def _let_in(self) -> None:
         """Lets one call in where there is room, or where it has come to have nothing at any replica. The next one
