@@ -54,9 +54,9 @@ class Lobby:
         """Whose turn it is: interactive before batch, then who has the least work at replicas, then who came first."""
         if not self._waiters:
             return None
-        return min(
-            self._waiters.values(), key=lambda w: (w.hint.party.batch, under_way(w.hint.party), w.number)
-        )
+        waiters = self._waiters.values()
+        has = {party: under_way(party) for party in {waiter.hint.party for waiter in waiters}}
+        return min(waiters, key=lambda one: (one.hint.party.batch, has[one.hint.party], one.number))
 
     def call(self, waiter: Waiter) -> None:
         """Sends a call in; it waits no more."""
