@@ -145,19 +145,25 @@ class WorkRouter(RequestRouter):
                 await self._replicas_updated_event.wait()
             await self._room(_hint(pending_request))
             for rank in await self.choose_replicas(self._replicas_list, pending_request):
-                replica = await self._select_from_candidate_replicas(rank, attempt)
-                if replica is not None:
-                    self._note(replica.replica_id, pending_request)
+                if await self._takes(rank, pending_request, attempt):
                     self._record_queue_wait_time(pending_request)
-                    return replica
+                    return rank[0]
             await self._backoff(attempt)
             attempt += 1
 
-    def _note(self, replica: ReplicaID, pending_request: PendingRequest) -> None:
-        """Counts a call from when it is chosen for, so that those chosen for at the same time spread."""
-        sent = Sent(id=pending_request.metadata.internal_request_id, hint=_hint(pending_request), at=time.monotonic())
-        self._standings.setdefault(replica, Standing()).sent.append(sent)
+    async def _takes(self, rank: list[RunningReplica], pending_request: PendingRequest, attempt: int) -> bool:
+        """Whether the only replica of a rank has a place. The call counts as sent there from the start, so that those
+        chosen for at the same time spread."""
+        id, taken = pending_request.metadata.internal_request_id, False
+        standing = self._standings.setdefault(rank[0].replica_id, Standing())
+        standing.sent.append(Sent(id=id, hint=_hint(pending_request), at=time.monotonic()))
         self._let_in()
+        try:
+            taken = await self._select_from_candidate_replicas(rank, attempt) is not None
+        finally:
+            if not taken:
+                standing.done(id)
+        return taken
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls it once for each call that was chosen for, however it ended."""
