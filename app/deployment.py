@@ -17,6 +17,7 @@ from app.settings import (
     CatalogueSettings,
     GatewaySettings,
     ModelSettings,
+    PolicySettings,
     RunnerSettings,
     Strict,
     UpscalerSettings,
@@ -28,6 +29,7 @@ GATEWAY_IMPORT = "app.main:gateway"
 MODEL_IMPORT = "app.main:model"
 UPSCALER_IMPORT = "app.main:upscaler"
 JOBS_IMPORT = "app.main:jobs"
+WORK_POLICY = "app.autoscaling:WorkPolicy"
 
 
 class HttpOptions(Strict):
@@ -127,6 +129,7 @@ class Deployment(Strict):
                 )
         self._check_upscaler()
         self._check_jobs()
+        self._check_policies()
         return self
 
     def _check_upscaler(self) -> None:
@@ -155,6 +158,18 @@ class Deployment(Strict):
                     raise ValueError(f"{runner.name} and the gateway must have the same {field}; share it by an anchor")
             if CatalogueSettings.model_validate(runner.user_config(RUNNER_DEPLOYMENT)) != self.catalogue:
                 raise ValueError(f"{runner.name} and the gateway must have the same user_config; share it by an anchor")
+
+
+    def _check_policies(self) -> None:
+        """What Serve hands to our policy is found wrong here, and not in its controller."""
+        for application in self.applications:
+            for options in application.deployments:
+                policy = (options.get("autoscaling_config") or {}).get("policy") or {}
+                if policy.get("policy_function") != WORK_POLICY:
+                    continue
+                if application.import_path not in (MODEL_IMPORT, UPSCALER_IMPORT):
+                    raise ValueError(f"{application.name} tells of no work, which {WORK_POLICY} goes by; leave it out")
+                PolicySettings.model_validate(policy.get("policy_kwargs") or {})
 
 
 def _is_loopback(host: str) -> bool:

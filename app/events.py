@@ -9,15 +9,20 @@ from models.events import Event
 from models.images import ImageFormat
 
 ModelState = Literal["cold", "loading", "ready", "failed", "missing"]
+ASLEEP: tuple[ModelState, ...] = ("cold", "loading")  # a request wakes it, and waits
 Ending = Literal["accept", "cancel"]  # how a running request may be made to end before its time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """The engine took the request on. `waiting` requests were before it; nothing of it can be refused from now on."""
+    """The engine took the request on. `waiting` requests were before it; nothing of it can be refused from now on.
+
+    `seconds_per_work` is the engine's pace in full forwards, for work as in models/work.py.
+    """
 
     waiting: int
     origin: Origin
+    seconds_per_work: float = 0.0
 
 
 ReplicaEvent = Admitted | Event

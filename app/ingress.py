@@ -58,7 +58,8 @@ class Gateway:
         self._budgets = Budgets()
         self._database = Database(settings.database)
         self._migrated = False
-        router, fetcher = Metered(Router(settings.request_timeout_s), self._budgets), Fetcher(settings.fetch)
+        routing = Router(settings.request_timeout_s, max_cold_wait_s=settings.max_cold_wait_s)
+        router, fetcher = Metered(routing, self._budgets), Fetcher(settings.fetch)
         jobs = outbox = None
         secret = stores.signing_secret(settings.secret_file)
         self._store = None if settings.store is None else stores.opened(settings.store, secret)

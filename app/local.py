@@ -124,14 +124,16 @@ def _deploy(deployment: Deployment, raw: dict[str, Any]) -> None:
 
 def refuse_unknown_options(deployment: Deployment) -> None:
     """Raises InvalidRequest for an option of a Serve deployment that Serve would silently ignore."""
-    from ray.serve.config import AutoscalingConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
     from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
 
     for application in deployment.applications:
         for options in application.deployments:
             place = f"{application.name}.deployments.{options.get('name')}"
             _refuse(place, options, DeploymentSchema.model_fields)
-            _refuse(f"{place}.autoscaling_config", options.get("autoscaling_config"), AutoscalingConfig.model_fields)
+            scaling = options.get("autoscaling_config") or {}
+            _refuse(f"{place}.autoscaling_config", scaling, AutoscalingConfig.model_fields)
+            _refuse(f"{place}.autoscaling_config.policy", scaling.get("policy"), AutoscalingPolicy.model_fields)
             _refuse(f"{place}.ray_actor_options", options.get("ray_actor_options"), RayActorOptionsSchema.model_fields)
 
 

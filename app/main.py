@@ -7,10 +7,12 @@ override.
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from app.ingress import Gateway
 from app.job_runner import JobRunner
 from app.replica import Model
+from app.routing import REPORT_S, WorkRouter
 from app.settings import (
     MODEL_DEPLOYMENT,
     RUNNER_DEPLOYMENT,
@@ -75,7 +77,20 @@ def gateway(args: GatewaySettings) -> Application:
 
 def model(args: ModelSettings) -> Application:
     """The application that runs one model."""
-    return _MODEL(Model).bind(args)
+    return served(Model, args)
+
+
+def served(by: type[Model], args: ModelSettings) -> Application:
+    """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
+    deployment = _MODEL(by)
+    if args.routing == "work":
+        router = RequestRouterConfig(
+            request_router_class=WorkRouter,
+            request_router_kwargs={"hold_s": args.hold_s},
+            request_routing_stats_period_s=REPORT_S,
+        )
+        deployment = deployment.options(request_router_config=router)
+    return deployment.bind(args)
 
 
 def upscaler(args: UpscalerSettings) -> Application:

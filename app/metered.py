@@ -54,6 +54,9 @@ class Metered:
     async def state(self, model: str) -> ModelState:
         return await self._router.state(model)
 
+    async def upscaler_state(self) -> ModelState:
+        return await self._router.upscaler_state()
+
     async def check_upscaler(self) -> None:
         await self._router.check_upscaler()
 

@@ -4,8 +4,9 @@ torch is imported when a replica is made, never when this module is: Serve's own
 """
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from app import endings
 from app.errors import ReplicaDied
 from app.events import Admitted, Ending, ReplicaEvent, Upscaled
+from app.hint import Hint
 from app.origin import Needs, Origin, Origins
 from app.router import UpscalerRoute
 from app.settings import ModelSettings, cores
+from app.vitals import Vitals
 from models import metadata
 from models.errors import Cancelled, GenerationFailed, HeliographError, NotFound, Overloaded
 from models.events import Event, Failed, Finished
@@ -30,17 +33,25 @@ class Model:
 
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
-        self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
+        start = partial(start_engine, settings, load=self.load)
+        self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start)
         self._origins = await asyncio.get_running_loop().run_in_executor(None, origins, settings, self._engine)
         self._upscaler = UpscalerRoute()
+        self._vitals = Vitals()
+
+    @staticmethod
+    def load(settings: ModelSettings) -> Any:
+        """The family to serve. A benchmark's has a network that only takes time."""
+        return load_family(settings)
 
     async def generate(
-        self, request: EffectiveRequest, progress: bool, id: str, key: str = ""
+        self, request: EffectiveRequest, progress: bool, id: str, key: str = "", hint: Hint | None = None
     ) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
         `key` says whose it is.
 
-        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way.
+        Progress comes only where `progress` asks for it, since each event costs a millisecond on its way. The hint is
+        what the call was routed by.
 
         A refusal is yielded as Failed, not raised, so that Serve's log has no stack trace for each full queue.
         """
@@ -54,6 +65,7 @@ class Model:
             origin = self._origins.of(Needs.of(request))
             on_event = partial(loop.call_soon_threadsafe, chain.put)
             self._engine.submit(chain.first, on_event, progress=progress, id=id, key=key)
+            self._vitals.note(hint or Hint.of(request))
             return origin
 
         # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
@@ -75,7 +87,7 @@ class Model:
 
         try:
             with endings.alive(id, end):
-                yield Admitted(waiting=waiting, origin=origin)
+                yield Admitted(waiting=waiting, origin=origin, seconds_per_work=self._pace)
                 unfinished = request.samples
                 while unfinished:
                     event = await events.get()
@@ -110,6 +122,19 @@ class Model:
             "seconds_per_work": load.seconds_per_work,
             "seconds_left": load.seconds_left,
         }
+
+    @property
+    def _pace(self) -> float:
+        """Seconds per unit of work in full forwards."""
+        return self._engine.pace.seconds_per_work(math.inf)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it about once a second, for the autoscaling policy."""
+        return self._vitals.autoscaling(self._engine.load(), self._pace)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve asks for it about once a second, for the routers of all handles."""
+        return self._vitals.routing(self._engine.load(), self._pace)
 
     def check_health(self) -> None:
         """Raises when the engine can no longer work, so that Serve replaces the replica."""
@@ -189,11 +214,27 @@ class Chain:
             task.cancel()
 
 
-def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, dict[str, Any]]:
+def load_family(settings: ModelSettings) -> Any:
+    """The family of a model, with its weights on the device."""
+    from models import families
+
+    return families.load(
+        family=settings.family,
+        source=settings.located_source,
+        revision=settings.revision,
+        config=settings.config,
+        device=settings.device,
+        dtype=settings.dtype,
+        offload=settings.offload,
+    )
+
+
+def start_engine(
+    settings: ModelSettings, warm_up: bool = True, load: Callable[[ModelSettings], Any] = load_family
+) -> tuple[Any, dict[str, Any]]:
     """The engine of a model, loaded and running, and the facts about it that do not change."""
     import torch
 
-    from models import families
     from models.engine import Engine, host
     from models.registered import Adapters
 
@@ -202,15 +243,7 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
 
     def make() -> Engine:
         torch.set_num_threads(threads)
-        family = families.load(
-            family=settings.family,
-            source=settings.located_source,
-            revision=settings.revision,
-            config=settings.config,
-            device=settings.device,
-            dtype=settings.dtype,
-            offload=settings.offload,
-        )
+        family = load(settings)
         adapters = Adapters(
             family,
             settings.located_adapters,

@@ -5,9 +5,10 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 
 import asyncio
 import contextvars
+import math
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,10 @@ from ray.serve.request_router import ReplicaID
 from ray.util import list_named_actors
 
 from app import endings
+from app.admission import Admission, Place
 from app.errors import NotRunning, ReplicaDied
-from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.events import ASLEEP, Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.hint import Hint
 from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.running import Running
@@ -36,17 +39,20 @@ DEADLINE_GRACE_S = 1.0  # the engine notices a deadline first and says so better
 STATUS_AGE_S = 1.0
 STATUS_PATIENCE_S = 0.5
 STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
-BACKPRESSURE_RETRY_S = 5.0
+BACKPRESSURE_RETRY_S = 5.0  # where no pace is known yet
 END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
+_FRESH = 0.2  # what the latest picture counts in a running mean
 ORIGIN_PATIENCE_S = 2.0  # a replica that takes longer to say so little had better draw
 
 
 class Router:
     """One per gateway process."""
 
-    def __init__(self, request_timeout_s: float, attempts: int = ATTEMPTS):
-        """`attempts` says to how many replicas a request is sent while they die."""
+    def __init__(self, request_timeout_s: float, attempts: int = ATTEMPTS, max_cold_wait_s: float = math.inf):
+        """`attempts` says to how many replicas a request is sent while they die, `max_cold_wait_s` how much work may
+        wait here for a model that sleeps."""
         self._request_timeout_s = request_timeout_s
+        self._admission = Admission(max_cold_wait_s)
         self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
@@ -56,6 +62,10 @@ class Router:
     async def state(self, model: str) -> ModelState:
         """Whether the model answers at once, after loading, or not at all."""
         return await self._states.of(model)
+
+    async def upscaler_state(self) -> ModelState:
+        """The same of the upscaler."""
+        return await self._states.of_application(UPSCALER_APPLICATION)
 
     async def check_upscaler(self) -> None:
         """Raises NotRunning where nothing enlarges: before a picture is drawn for it."""
@@ -74,11 +84,16 @@ class Router:
         whose replica died is sent once more, and what was delivered already is left out. Raises ReplicaDied where the
         last one died too."""
         running = Running(request, self._patience_s(request))
-        with endings.alive(id, running.end):
+        hint = Hint.of(request, current.get().id)
+        with endings.alive(id, running.end), ExitStack() as stack:
+            async with running.patience():
+                asleep = await self.state(request.model) in ASLEEP
+            place = stack.enter_context(self._admission.place(request.model, hint.work, asleep))
             for attempt in range(1, self._attempts + 1):
                 try:
-                    async with aclosing(self._attempt(running, progress, id)) as events:
+                    async with aclosing(self._attempt(running, progress, id, hint)) as events:
                         async for event in events:
+                            _leave(place, event)
                             if not running.has_told(event):
                                 yield event
                             running.note(event)
@@ -144,14 +159,16 @@ class Router:
             return self._request_timeout_s
         return min(self._request_timeout_s, request.deadline_s + DEADLINE_GRACE_S)
 
-    async def _attempt(self, running: Running, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+    async def _attempt(
+        self, running: Running, progress: bool, id: str, hint: Hint
+    ) -> AsyncGenerator[ReplicaEvent, None]:
         model, response = running.request.model, None
         try:
             async with running.patience():
                 handle = await self._handle(model)
             accepted = running.accepted
             sent = running.request
-            response = handle.generate.remote(sent, progress, id, current.get().id)
+            response = handle.generate.remote(sent, progress, id, current.get().id, hint=hint)
             while True:
                 async with running.patience():
                     event = await anext(response, None)
@@ -163,7 +180,7 @@ class Router:
         except RayActorError:
             raise
         except (RayError, RayServeException) as fault:
-            raise _typed(fault, f"model {model}") from fault
+            raise _typed(fault, f"model {model}", self._admission.retry_after_s(model, BACKPRESSURE_RETRY_S)) from fault
         finally:
             if response is not None:
                 response.cancel()
@@ -188,6 +205,7 @@ class UpscalerRoute:
     def __init__(self, states: "_States | None" = None):
         self._states = states or _States()
         self._handle: Any = None
+        self._picture_s = BACKPRESSURE_RETRY_S  # that a picture has taken lately, its wait included
 
     async def check(self, way_out: str = "") -> None:
         """Raises NotRunning, and names the way out, where nothing runs or wakes that enlarges."""
@@ -225,13 +243,15 @@ class UpscalerRoute:
             make = partial(serve.get_deployment_handle, UPSCALER_DEPLOYMENT, app_name=UPSCALER_APPLICATION)
             handle = await asyncio.get_running_loop().run_in_executor(None, make)
             self._handle = self._handle or handle
-        response = self._handle.upscale.remote(picture, wanted, format, text)
+        began, response = time.monotonic(), self._handle.upscale.remote(picture, wanted, format, text)
         try:
-            return await response
+            answer = await response
+            self._picture_s += _FRESH * (time.monotonic() - began - self._picture_s)
+            return answer
         except RayActorError:
             raise
         except (RayError, RayServeException) as fault:
-            raise _typed(fault, "the upscaler") from fault
+            raise _typed(fault, "the upscaler", self._picture_s) from fault
         finally:
             response.cancel()
 
@@ -299,12 +319,18 @@ def _unavailable(what: str, state: str, way_out: str = "") -> NotRunning:
     return NotRunning("replica_lost", f"{what} does not run at the moment: {why}{way_out}")
 
 
-def _typed(fault: Exception, what: str) -> HeliographError:
+def _leave(place: Place, event: ReplicaEvent) -> None:
+    """Once an engine has the request, it counts among what the engine knows of."""
+    if isinstance(event, Admitted):
+        place.leave(event.seconds_per_work)
+
+
+def _typed(fault: Exception, what: str, retry_after_s: float) -> HeliographError:
     """One of our errors for one of Ray's."""
     if isinstance(fault, RayTaskError) and isinstance(fault.cause, HeliographError):
         return fault.cause
     if isinstance(fault, BackPressureError):
-        return Overloaded(BACKPRESSURE_RETRY_S, f"too many requests wait for {what}")
+        return Overloaded(retry_after_s, f"too many requests wait for {what}")
     if isinstance(fault, DeploymentUnavailableError):
         return _unavailable(what, "failed")
     return GenerationFailed("engine_fault", f"the replica of {what} failed on the request; send it again")

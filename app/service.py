@@ -11,7 +11,7 @@ from typing import Protocol
 
 from app.cache import Flights, fingerprint_aside, is_repeatable
 from app.drawing import Drawing, GenerationResult, StreamEvent, told_at_once
-from app.events import Ending, ModelState, ReplicaEvent, Upscaled
+from app.events import ASLEEP, Ending, ModelState, ReplicaEvent, Upscaled
 from app.jobs.job import Submission
 from app.jobs.outbox import Outbox
 from app.jobs.service import Delivery, Jobs
@@ -41,6 +41,8 @@ class Router(Protocol):
     async def end(self, ending: Ending, id: str) -> bool: ...
 
     async def state(self, model: str) -> ModelState: ...
+
+    async def upscaler_state(self) -> ModelState: ...
 
     async def check_upscaler(self) -> None: ...
 
@@ -287,6 +289,12 @@ class Service:
         """One model. Raises NotFound listing the models there are."""
         card = self.card(name)
         return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)
+
+    async def sleeps(self, model: str | None = None) -> bool:
+        """Whether a request would have to wait for the model, or without one the upscaler, to wake. Raises NotFound."""
+        if model is None:
+            return await self._router.upscaler_state() in ASLEEP
+        return (await self.model(model)).state in ASLEEP
 
     def adapters(self) -> tuple[AdapterDescription, ...]:
         """What requests may name beside a model. Reads folders: not for an event loop.

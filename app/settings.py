@@ -84,6 +84,12 @@ class ModelSettings(Strict):
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     lora_cache_mib: int = Field(default=2048, ge=1, description="memory for LoRAs that are loaded")
+    routing: Literal["work", "default"] = Field(
+        default="work", description="how one of several replicas is chosen: by work and warmth, or as Serve does"
+    )
+    hold_s: Positive | None = Field(
+        default=None, description="seconds of work that a replica has before more waits for another; for several replicas"
+    )
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
     preprocessors: dict[Literal["depth", "pose"], str] = Field(
         default_factory=dict, description="name -> folder of the weights it needs"
@@ -94,6 +100,8 @@ class ModelSettings(Strict):
     def _nothing_is_in_vain(self) -> Self:
         if self.family in UPSCALING and (self.controlnets or self.preprocessors):
             raise ValueError(f"controlnets and preprocessors do not go with the family {self.family}")
+        if self.hold_s is not None and self.routing != "work":
+            raise ValueError("hold_s needs routing: work")
         return self
 
     @property
@@ -234,11 +242,18 @@ class QueueSettings(Strict):
     max_waiting_per_caller: int = Field(default=1_000, ge=1)
 
 
+class PolicySettings(Strict):
+    """The `policy_kwargs` of app.autoscaling:WorkPolicy."""
+
+    drain_s: Positive = 10.0
+
+
 class GatewaySettings(Strict):
     """What the gateway needs to start. A change here restarts it, so the models are not among it."""
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     request_timeout_s: Positive = 600.0
+    max_cold_wait_s: Positive = 120.0  # of work that waits for a model to wake
     dialects: tuple[Name, ...] = ("native",)
     fetch: FetchSettings = FetchSettings()
     auth: AuthMode = "loopback"

@@ -79,6 +79,15 @@ class Upscaler:
     def _touch(self, done: int, total: int) -> None:
         self._touched = time.monotonic()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For app.autoscaling.WorkPolicy: what a model's replica tells too (app/vitals.py)."""
+        return {
+            "seconds_left": self._pictures * self._seconds,
+            "pictures": float(self._pictures),
+            "request_s": self._seconds,
+            "busy": float(self._pictures > 0),
+        }
+
     def check_health(self) -> None:
         """Raises when the picture in work makes no progress, so that Serve replaces the replica."""
         if self._pictures and time.monotonic() - self._touched > STUCK_S:

@@ -20,7 +20,10 @@ ENGINE = ("request", "tapes", "conditioning", "sequence", "batcher", "denoiser",
 ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
 RAY_FILES = tuple(
     f"app.{name}"
-    for name in ("main", "ingress", "router", "replica", "upscaler", "autoscaling", "cli", "local")  # local: cli's Ray
+    for name in (
+        *("main", "ingress", "router", "replica", "routing", "upscaler", "autoscaling"),
+        *("cli", "local"),  # local: cli's Ray
+    )
 )
 BRINGS_TORCH = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors.torch")
 TORCH_FREE_MODELS = tuple(
@@ -37,6 +40,7 @@ TORCH_FREE_APP = tuple(
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
         *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
         *("cache", "drawing", "origin", "replay", "results"),
+        *("admission", "autoscaling", "hint", "lobby", "routing", "vitals"),
     )
 )
 

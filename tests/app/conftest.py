@@ -70,6 +70,9 @@ class MemoryRouter:
     async def state(self, model: str) -> ModelState:
         return self.states[model]
 
+    async def upscaler_state(self) -> ModelState:
+        return self.states.get("upscaler", "ready")
+
     async def origin(self, model: str, needs: Needs) -> Origin | None:
         return self.drawn_from if self.states[model] == "ready" else None
 

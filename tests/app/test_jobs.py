@@ -486,7 +486,7 @@ def test_a_field_that_is_yet_to_come_leaves_a_key_what_it_is():
     def fingerprint(body: GenerateBody) -> str:
         headers = [(b"idempotency-key", b"order 10")]
         scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": headers, "query_string": b""}
-        wanted = submission.delivery(Request(scope), body, "application/json")
+        wanted = submission.delivery(Request(scope), body, "application/json", asynchronous=False)
         assert wanted
         assert wanted.idempotency
         return wanted.idempotency.fingerprint

@@ -14,12 +14,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from app import endings
 from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
+from app.hint import Hint, Party
 from app.keys.caller import Caller, Limits, current
 from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, DeadlineTooShort, GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished, Progress
-from models.parts import Upscale
+from models.parts import AdapterUse, Upscale
 from models.request import EffectiveRequest, GenerationRequest
+from models.work import work
 from tests.app.conftest import CARDS, ORIGIN, TIMINGS
 
 
@@ -74,11 +76,13 @@ class Handle:
         self.responses = [Response(script) for script in scripts]
         self.requests: list[EffectiveRequest] = []
         self.ids: list[str] = []
+        self.hints: list[Hint] = []
         self.keys: list[str] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: EffectiveRequest, progress: bool, id: str, key: str) -> Response:
+    def _remote(self, request: EffectiveRequest, progress: bool, id: str, key: str, hint: Hint) -> Response:
         self.requests.append(request)
+        self.hints.append(hint)
         self.ids.append(id)
         self.keys.append(key)
         return self.responses[len(self.requests) - 1]
@@ -86,8 +90,10 @@ class Handle:
 
 @pytest.fixture
 def routed() -> Callable[..., tuple[Router, Handle]]:
-    def make(*scripts: list[Any], timeout_s: float = 5.0, state: str = "ready") -> tuple[Router, Handle]:
-        router, handle = Router(timeout_s), Handle(*scripts)
+    def make(
+        *scripts: list[Any], timeout_s: float = 5.0, state: str = "ready", **settings: Any
+    ) -> tuple[Router, Handle]:
+        router, handle = Router(timeout_s, **settings), Handle(*scripts)
         router._handles["sd15"] = handle
 
         async def of(_: str) -> str:
@@ -137,6 +143,44 @@ async def test_serves_refusals_are_ours(routed, fault: Exception, kind: type[Hel
     router, _ = routed([fault])
     with pytest.raises(kind):
         await collect(router)
+
+
+async def test_a_call_says_what_it_costs_and_what_it_wants_to_find(routed):
+    router, handle = routed([ADMITTED, finished(0), finished(1)])
+    await collect(router, replace(REQUEST, adapters=(AdapterUse(name="moon"), AdapterUse(name="ink"))))
+    party = Party("anonymous", batch=False)
+    assert handle.hints == [Hint(work=work(REQUEST), loras=("ink", "moon"), size="128x128", party=party)]
+
+
+async def test_of_a_model_that_wakes_up_no_more_work_waits_here_than_may(routed):
+    """The engine that was there last has told how long the work takes."""
+    pace = 10.0 / work(REQUEST)
+    told = replace(ADMITTED, seconds_per_work=pace)
+    sent = asyncio.Event()
+    first = [told, finished(0), finished(1)]
+    router, handle = routed(
+        first, [sent.set, asyncio.Event], [BackPressureError(1, 1)], state="cold", max_cold_wait_s=25.0
+    )
+    await collect(router)
+    waiting = asyncio.create_task(collect(router))
+    await sent.wait()
+    with pytest.raises(Overloaded) as refused:  # 10 s wait, and 20 s beside them would be too much
+        await collect(router, replace(REQUEST, samples=4))
+    assert "is waking up, and 10 s of work wait" in refused.value.message
+    assert refused.value.retry_after_s == pytest.approx(5.0, abs=0.5)
+    with pytest.raises(Overloaded) as refused:  # by Serve, whose bound is the safety net
+        await collect(router)
+    assert refused.value.retry_after_s == pytest.approx(20.0, abs=0.5)
+    waiting.cancel()
+    assert len(handle.requests) == 3
+
+
+async def test_who_waits_alone_for_a_model_that_wakes_up_may_bring_any_work(routed):
+    told = replace(ADMITTED, seconds_per_work=1000.0)
+    drawn = [told, finished(0), finished(1)]
+    router, _ = routed(drawn, drawn, state="loading", max_cold_wait_s=1.0)
+    for _ in range(2):
+        assert len(await collect(router)) == 3
 
 
 async def test_nothing_waits_for_ever(routed):

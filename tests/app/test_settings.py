@@ -59,6 +59,33 @@ def test_an_unknown_option_of_a_deployment_is_refused(raw: dict[str, Any], optio
         local.refuse_unknown_options(deployment.Deployment.model_validate(raw))
 
 
+def scaling(raw: dict[str, Any], application: str) -> dict[str, Any]:
+    found = next(one for one in raw["applications"] if one["name"] == application)
+    return found["deployments"][0].setdefault("autoscaling_config", {})
+
+
+def test_what_the_work_policy_is_told_is_checked_before_serve_has_it(raw: dict[str, Any], tmp_path: Path):
+    policy = {"policy_function": deployment.WORK_POLICY}
+    for kwargs, complaint in (({"drain": 5}, "drain"), ({"drain_s": 0}, "drain_s"), ({"drain_s": "x"}, "drain_s")):
+        scaling(raw, "model-sd15")["policy"] = policy | {"policy_kwargs": kwargs}
+        assert complaint in refusal(raw, tmp_path)
+    scaling(raw, "model-sd15")["policy"] = policy | {"policy_kwargs": {"drain_s": 5}}
+    assert deployment.Deployment.model_validate(raw)
+    scaling(raw, "jobs")["policy"] = policy
+    assert "jobs tells of no work" in refusal(raw, tmp_path)
+
+
+def test_an_unknown_key_of_a_policy_is_refused(raw: dict[str, Any]):
+    scaling(raw, "model-sd15")["policy"]["policy_arguments"] = {}
+    with pytest.raises(InvalidRequest, match="unknown key"):
+        local.refuse_unknown_options(deployment.Deployment.model_validate(raw))
+
+
+def test_every_model_and_the_upscaler_follow_their_work(raw: dict[str, Any]):
+    for name in ("model-sd15", "model-sd21", "model-sdxl", "upscaler"):
+        assert scaling(raw, name)["policy"]["policy_function"] == deployment.WORK_POLICY
+
+
 def test_the_gateway_offers_what_runs(raw: dict[str, Any], tmp_path: Path):
     raw["applications"][-1]["deployments"][0]["user_config"]["models"][0]["max_waiting"] = 3
     assert "share them by a YAML anchor" in refusal(raw, tmp_path)

@@ -19,17 +19,18 @@ Wanted = Callable[[], Awaitable[GenerationRequest]]
 
 
 async def answer(
-    request: Request, service: Service, body: Delivered, kind: str, media_type: str, wanted: Wanted
+    request: Request, service: Service, body: Delivered, model: str, kind: str, media_type: str, wanted: Wanted
 ) -> Response:
-    """What a body asks for, in the form that `async` and the media type ask for.
+    """What a body asks for of a model, in the form that `async` and the media type ask for.
 
     `wanted` reads the request out of the body: not for one whose job is there already, by its idempotency key.
     """
-    delivery, as_urls = submission.delivery(request, body, media_type), body.response == "url"
+    asynchronous = await submission.becomes_job(service, body, model)
+    delivery, as_urls = submission.delivery(request, body, media_type, asynchronous), body.response == "url"
     if delivery is not None:
         submit = partial(_submit, service, kind, wanted)
         at_once = partial(_kept, service, media_type)
-        return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+        return await submission.answer(request, service.jobs, delivery, asynchronous, submit, at_once)
     if as_urls:
         service.check_urls()
     drawing = await wire.unless_disconnected(request, wanted())

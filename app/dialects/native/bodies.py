@@ -30,6 +30,19 @@ def _encoded(value: Any) -> str | bytes:
 Encoded = Annotated[str | bytes, PlainValidator(_encoded), WithJsonSchema({"type": "string"})]
 
 
+def _asynchronous(value: Any) -> bool | str:
+    if isinstance(value, bool) or value == "when_cold":
+        return value
+    raise PydanticCustomError("asynchronous", "must be true, false or when_cold")
+
+
+Asynchronous = Annotated[
+    bool | Literal["when_cold"],
+    PlainValidator(_asynchronous),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "when_cold"}]}),
+]
+
+
 def within(range: Range, description: str, default: Any = None) -> Any:
     """A number's range for the documentation; `resolve` is what checks it."""
     bounds: dict[str, Any] = {"minimum": range.low, "maximum": range.high}
@@ -45,8 +58,11 @@ class Wire(BaseModel):
 class Delivered(Wire):
     """How the answer comes: at once, or as a job that is asked about and told of."""
 
-    asynchronous: bool = Field(
-        False, alias="async", description="Answer 202 with a job at once, and make the pictures whatever happens"
+    asynchronous: Asynchronous = Field(
+        False,
+        alias="async",
+        description="Answer 202 with a job at once, and make the pictures whatever happens; "
+        "when_cold does so where the model sleeps or loads, and else answers as usual",
     )
     webhook_url: str | None = Field(None, max_length=2048, description="Where the job's events are posted")
     webhook_events: list[WebhookEvent] | None = Field(

@@ -1,7 +1,8 @@
 """Forms with files (multipart/form-data, RFC 7578) as the wire models that JSON makes.
 
-Text is taken as it stands; every other field is written as in JSON: `20`, `0.45`, `true`, `{"scale": 2}`. A file takes
-the place of a base64 text, and the picture of control n is the file `control_image_n`.
+Text is taken as it stands, and so are the words that a field takes besides `true` and `false`; every other field is
+written as in JSON: `20`, `0.45`, `true`, `{"scale": 2}`. A file takes the place of a base64 text, and the picture of
+control n is the file `control_image_n`.
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import orjson
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from starlette.requests import Request
 
 from app import wire
@@ -34,7 +36,7 @@ async def read(request: Request, body: type[Body]) -> Body:
 def from_form(fields: dict[str, str], files: dict[str, list[bytes]], body: type[BaseModel]) -> dict[str, Any]:
     """What JSON would have held, with bytes for its pictures. Raises InvalidRequest naming the field."""
     fields_by_name = {field.alias or name: field for name, field in body.model_fields.items()}
-    written_as_json = {name for name, field in fields_by_name.items() if not _is_text(field.annotation)}
+    written_as_json = {name for name, text in fields.items() if _is_json(fields_by_name.get(name), text)}
     values = {name: _parsed(name, text) if name in written_as_json else text for name, text in fields.items()}
     for name, uploads in files.items():
         place, key = _place(name, values)
@@ -42,6 +44,13 @@ def from_form(fields: dict[str, str], files: dict[str, list[bytes]], body: type[
             raise InvalidRequest(name, "is given more than once")
         place[key] = uploads[0]
     return values
+
+
+def _is_json(field: FieldInfo | None, text: str) -> bool:
+    """Whether the text of a field is to be read as JSON. What a field that nobody knows says does not matter."""
+    if field is None:
+        return False
+    return not _is_text(field.annotation) or (bool in get_args(field.annotation) and text in ("true", "false"))
 
 
 def _is_text(kind: Any) -> bool:

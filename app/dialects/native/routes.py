@@ -106,7 +106,8 @@ async def _draw(request: Request, service: Service, body: Body, to_request: ToRe
     """What a body asks for, in the form that `async`, `stream` and Accept ask for."""
     media_type = _media_type(request.headers.get("accept", ""), body)
     wanted = partial(_wanted, service, body, to_request, media_type)
-    return await answering.answer(request, service, body, kind, media_type, wanted)
+    model = service.default_model if body.model is None else body.model
+    return await answering.answer(request, service, body, model, kind, media_type, wanted)
 
 
 async def _wanted(service: Service, body: Body, to_request: ToRequest[Body], media_type: str) -> GenerationRequest:
@@ -126,7 +127,7 @@ def _media_type(accept: str, body: DrawBody) -> str:
     if body.stream:  # clients that expect JSON in the events ask for JSON
         wire.choose_media_type(accept, (EVENTS, JSON))
         return EVENTS
-    if body.asynchronous:
+    if body.asynchronous is True:
         return wire.choose_media_type(accept, (JSON,))
     wanted = requests.canonical(body.output_format)
     images = (MEDIA_TYPES[wanted], *(kind for kind in MEDIA_TYPES.values() if kind != MEDIA_TYPES[wanted]))

@@ -21,6 +21,7 @@ from app.jobs.failures import ended_by
 from app.jobs.job import Idempotency, Job, Submission, Webhook, fingerprint
 from app.jobs.service import Delivery, Jobs
 from app.jobs.states import State
+from app.service import Service
 from models.errors import InvalidRequest
 
 LONGEST_WAIT_S = 60  # that Prefer may ask for
@@ -33,7 +34,15 @@ Submit = Callable[[Delivery], Awaitable[Submission]]
 Answer = Callable[[Job], Awaitable[Response]]
 
 
-def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | None:
+async def becomes_job(service: Service, body: Delivered, model: str | None) -> bool:
+    """Whether a request is a job because it says so, or because it says `when_cold` of a model, or without one of the
+    upscaler, that sleeps. Raises NotFound for `when_cold` where this server keeps no jobs."""
+    if body.asynchronous == "when_cold":
+        return bool(service.jobs) and await service.sleeps(model)
+    return body.asynchronous
+
+
+def delivery(request: Request, body: Delivered, media_type: str, asynchronous: bool) -> Delivery | None:
     """How a request's job is told of; None for a request that is no job.
 
     Raises InvalidRequest for fields that do not go together.
@@ -44,9 +53,9 @@ def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | N
         raise InvalidRequest(field, "does not go with the other: a stream is no job; a job has events of its own")
     if body.webhook_events is not None and body.webhook_url is None:
         raise InvalidRequest("webhook_events", "needs a webhook_url")
-    if not body.asynchronous:
-        if body.webhook_url is not None:
-            raise InvalidRequest("webhook_url", 'needs "async": true')
+    if body.asynchronous is not True and body.webhook_url is not None:
+        raise InvalidRequest("webhook_url", 'needs "async": true')
+    if not asynchronous:
         if body.response == "url" and media_type != JSON:
             raise InvalidRequest("response", f"`url` is for answers in JSON, and this one will be {media_type}")
         if key is None:
@@ -54,7 +63,7 @@ def delivery(request: Request, body: Delivered, media_type: str) -> Delivery | N
     webhook = None
     if body.webhook_url is not None:
         webhook = Webhook(url=body.webhook_url, events=tuple(body.webhook_events or ("completed",)))
-    response = body.response or ("url" if body.asynchronous else "base64")
+    response = body.response or ("url" if asynchronous else "base64")
     said = body.model_dump(exclude_unset=True)  # so that a field that is yet to come leaves old requests what they are
     known = None if key is None else idempotency(request, key, {"accept": media_type, **_hashed(said)})
     return Delivery(webhook=webhook, response=response, cache=body.cache, idempotency=known)

@@ -67,9 +67,10 @@ def add(router: APIRouter, service: Service) -> None:
         media_type, format = _answer_as(request.headers.get("accept", ""), body)
         if body.model in service.upscaling_models:
             drawn = partial(_drawing, service, body, service.card(body.model), format)
-            return await answering.answer(request, service, body, "upscale", media_type, drawn)
+            return await answering.answer(request, service, body, body.model, "upscale", media_type, drawn)
         wanted = to_upscale(body)
-        delivery = submission.delivery(request, body, media_type)
+        asynchronous = await submission.becomes_job(service, body, None)
+        delivery = submission.delivery(request, body, media_type, asynchronous)
         if delivery is not None:
 
             async def submit(delivery: Delivery) -> Submission:
@@ -78,7 +79,7 @@ def add(router: APIRouter, service: Service) -> None:
             async def at_once(job: Job) -> Response:
                 return await _kept(service, job, media_type)
 
-            return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
+            return await submission.answer(request, service.jobs, delivery, asynchronous, submit, at_once)
         as_url = body.response == "url"
         if as_url:
             service.check_urls()
@@ -154,7 +155,7 @@ def from_upscaled(upscaled: Upscaled, scale: float, total_s: float, url: str | N
 def _answer_as(accept: str, body: UpscaleBody) -> tuple[str, ImageFormat]:
     """The answer's media type and the picture's format. Raises NotAcceptable, or InvalidRequest for a contradiction."""
     asked = requests.canonical(body.output_format)
-    if body.asynchronous:
+    if body.asynchronous is True:
         return wire.choose_media_type(accept, (JSON,)), asked
     first = MEDIA_TYPES[asked]
     chosen = wire.choose_media_type(accept, (JSON, first, *(kind for kind in MEDIA_TYPES.values() if kind != first)))
