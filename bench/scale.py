@@ -74,9 +74,13 @@ QUERIES: dict[str, Callable[[int], Query]] = {
     "a picture of 128 px": small,
     "a picture of 1024 px": large,
 }
-SIZES = (1, 2, 4, 8, 16, 32)
 WHOLE = Plan(
-    sizes={DEFAULT: SIZES, HAPROXY: SIZES}, gateways=(1, 2), warm_s=4.0, gateway_s=6.0, closed_s=16.0, open_s=16.0
+    sizes={DEFAULT: (1, 2, 4, 8, 16, 32), HAPROXY: (1, 8, 32)},
+    gateways=(1, 2),
+    warm_s=4.0,
+    gateway_s=6.0,
+    closed_s=14.0,
+    open_s=14.0,
 )
 SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), warm_s=2.0, gateway_s=2.0, closed_s=8.0, open_s=6.0)
 
@@ -91,6 +95,7 @@ def environment(profile: str) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # nothing is in flight when the server ends
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
 
 
