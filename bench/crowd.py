@@ -101,8 +101,7 @@ class Crowd:
             self._begin()
             began = loop.time()
             await asyncio.sleep(end - began)
-            reading = self._heard.reading(loop.time() - began, self._meter.stop())
-        return reading
+            return self._heard.reading(loop.time() - began, self._meter.stop())
 
     async def opened(self, arrivals_s: Sequence[float], query: Callable[[int], Query]) -> Reading:
         """Clients who ask at these times, whatever became of the others; latency counts from then."""
