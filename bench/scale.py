@@ -83,9 +83,7 @@ WHOLE = Plan(
     closed_s=14.0,
     open_s=14.0,
 )
-SHORT = Plan(
-    sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=2.0, closed_s=6.0, open_s=4.0
-)
+SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=2.0, closed_s=6.0, open_s=4.0)
 
 
 def environment(profile: str) -> dict[str, str]:

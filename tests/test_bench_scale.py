@@ -149,11 +149,12 @@ def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
     shown = np.asarray(Image.open(io.BytesIO(drawn))) / 255
     assert np.abs(shown - picture(128, 128).permute(1, 2, 0).numpy()).max() <= 1 / 255
     assert [case.load for case in cases] == [*QUERIES, CLOSED, OPEN, CLOSED, OPEN]
-    assert all(case.reading.failed == 0 and case.reading.latency_s for case in cases)
+    assert [(case.load, case.reading.failed) for case in cases if case.reading.failed] == []
+    assert all(case.reading.latency_s for case in cases if case.load in (CLOSED, OPEN))
     one, two = (case for case in cases if case.load == CLOSED)
     assert (one.replicas, two.replicas) == (1, 2)
-    # 4 pictures of 20 steps of 0.1 s at a time: less than 2 a second, however slow the machine; twice that for two.
-    assert 0.5 < one.reading.per_s < 2.5
+    # A replica draws 4 pictures of 20 steps of 0.1 s at a time: 2 a second, less on a crowded machine, and never more.
+    assert one.reading.per_s < 2.5
     assert two.reading.per_s > 1.2 * one.reading.per_s
     assert {"gateway", "proxy", "model", "controller", "client"} <= one.reading.usage.by_kind.keys()
     assert all(case.mib > 100 for case in cases)
