@@ -146,6 +146,7 @@ def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
 
     cases: list[Case] = []
     drawn = asyncio.run(run_short(cases))
+    write(tmp_path / "scale.json", cases, Machine.here(1))
     shown = np.asarray(Image.open(io.BytesIO(drawn))) / 255
     assert np.abs(shown - picture(128, 128).permute(1, 2, 0).numpy()).max() <= 1 / 255
     assert [case.load for case in cases] == [*QUERIES, CLOSED, OPEN, CLOSED, OPEN]
@@ -158,6 +159,5 @@ def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
     assert two.reading.per_s > 1.2 * one.reading.per_s
     assert {"gateway", "proxy", "model", "controller", "client"} <= one.reading.usage.by_kind.keys()
     assert all(case.mib > 100 for case in cases)
-    write(tmp_path / "scale.json", cases, Machine.here(1))
     assert len(json.loads((tmp_path / "scale.json").read_text())["cases"]) == len(cases) == SHORT.readings
     assert [sheet.rows for sheet in sheets(cases)]
