@@ -101,8 +101,7 @@ class Crowd:
             self._begin()
             began = loop.time()
             await asyncio.sleep(end - began)
-            reading = self._heard.reading(loop.time() - began, self._meter.stop())
-        return reading
+            return self._heard.reading(loop.time() - began, self._meter.stop())
 
     async def opened(self, arrivals_s: Sequence[float], query: Callable[[int], Query]) -> Reading:
         """Clients who ask at these times, whatever became of the others; latency counts from then."""
@@ -120,25 +119,26 @@ class Crowd:
         self._meter.start()
 
     async def _ask(self, query: Query, since: float) -> None:
-        content = None if query.body is None else orjson.dumps(query.body)
-        limits = {"timeout": {"connect": TIMEOUT_S, "read": TIMEOUT_S, "write": TIMEOUT_S, "pool": TIMEOUT_S}}
-        try:
-            answer = await self._pool.request(
-                "GET" if content is None else "POST",
-                f"{self._address}{query.path}",
-                headers={"content-type": "application/json"},
-                content=content,
-                extensions=limits,
-            )
-            status = answer.status
-        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException):
-            status = 0
-        if status != 200:
+        answer = await self._answer(query)
+        if answer is None or answer.status != 200:
             self._heard.failed += 1
             await asyncio.sleep(PAUSE_S)
             return
         spent = asyncio.get_running_loop().time() - since
         self._heard.latency_s.append(spent)
-        if content is not None:
+        if query.body is not None:
             timings = orjson.loads(answer.content)["timings"]
             self._heard.way_s.append(spent - sum(timings[stage] for stage in STAGES))
+
+    async def _answer(self, query: Query) -> httpcore2.Response | None:
+        """None where the connection ends first, or nothing comes."""
+        try:
+            return await self._pool.request(
+                "GET" if query.body is None else "POST",
+                f"{self._address}{query.path}",
+                headers={"content-type": "application/json"},
+                content=None if query.body is None else orjson.dumps(query.body),
+                extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT_S)},
+            )
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException):
+            return None

@@ -96,7 +96,7 @@ class Fleet:
 
 
 def configuration(folder: Path, times: Mapping[str, Times], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The repository's configuration with these models for its own, and its data in the folder; no upscaler, no jobs."""
+    """The repository's configuration with these models instead, its data in the folder, no upscaler and no jobs."""
     shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
     gateway = next(application for application in shipped["applications"] if application["name"] == GATEWAY)
     del gateway["args"]["jobs"]

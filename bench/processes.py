@@ -1,6 +1,7 @@
 """Who uses the processors: the seconds of a server's processes and of its client's, by what they are."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -87,4 +88,9 @@ def kind_of(process: psutil.Process) -> str:
 
 def replica_mib(server: int) -> list[float]:
     """What each replica of a model holds in MiB, with its share of the pages that several map (PSS)."""
-    return [p.memory_full_info().pss / 2**20 for p in below(server) if kind_of(p) == "model"]
+    found = []
+    for process in below(server):
+        with suppress(psutil.NoSuchProcess):
+            if kind_of(process) == "model":
+                found.append(process.memory_full_info().pss / 2**20)
+    return found

@@ -32,7 +32,6 @@ STEPS = (16, 18, 20, 22, 24)  # in turn, so that pictures do not come in waves
 PER_REPLICA = 8  # clients in the closed loop: twice what shares a forward
 SHARE = 0.7  # of what the closed loop gave is what arrives in the open one
 CLIENTS = 16  # of the gateways
-FREE_REPLICAS = 2
 DEFAULT, HAPROXY = "default", "HAProxy"
 Say = Callable[[str], None]
 
@@ -43,6 +42,7 @@ class Plan:
 
     sizes: Mapping[str, tuple[int, ...]]
     gateways: tuple[int, ...]
+    free: int  # replicas of the model that takes no time
     warm_s: float
     gateway_s: float
     closed_s: float
@@ -74,11 +74,16 @@ QUERIES: dict[str, Callable[[int], Query]] = {
     "a picture of 128 px": small,
     "a picture of 1024 px": large,
 }
-SIZES = (1, 2, 4, 8, 16, 32)
 WHOLE = Plan(
-    sizes={DEFAULT: SIZES, HAPROXY: SIZES}, gateways=(1, 2), warm_s=4.0, gateway_s=6.0, closed_s=16.0, open_s=16.0
+    sizes={DEFAULT: (1, 2, 4, 8, 16, 32), HAPROXY: (1, 8, 32)},
+    gateways=(1, 2),
+    free=2,
+    warm_s=4.0,
+    gateway_s=6.0,
+    closed_s=14.0,
+    open_s=14.0,
 )
-SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), warm_s=2.0, gateway_s=2.0, closed_s=8.0, open_s=6.0)
+SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=2.0, closed_s=6.0, open_s=4.0)
 
 
 def environment(profile: str) -> dict[str, str]:
@@ -91,6 +96,7 @@ def environment(profile: str) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # nothing is in flight when the server ends
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
 
 
@@ -107,13 +113,13 @@ class Profile:
 
     async def gateways(self) -> None:
         """Gateways in front of a model that takes no time."""
-        await self.fleet.count(f"model-{FREE}", FREE_REPLICAS)
+        await self.fleet.count(f"model-{FREE}", self.plan.free)
         for gateways in self.plan.gateways:
             await self.fleet.count("gateway", gateways)
             for load, query in QUERIES.items():
                 self.say(f"{self.name}, gateways {gateways}: {load}")
                 reading = await self.crowd.closed(CLIENTS, self.plan.warm_s, self.plan.gateway_s, query)
-                self._keep(load, gateways, FREE_REPLICAS, reading)
+                self._keep(load, gateways, self.plan.free, reading)
         await self.fleet.count("gateway", 1)
         await self.fleet.count(f"model-{FREE}", 1)
 

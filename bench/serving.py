@@ -80,6 +80,7 @@ class Serving:
         """The address of Ray's dashboard, which the server tells a moment after it is ready."""
         async with asyncio.timeout(TELL_TIMEOUT_S):
             while not (told := re.findall(r"serve status -a (http://\S+)", self._log.read_text())):
+                self.check_is_alive()
                 await asyncio.sleep(0.1)
         return told[0]
 

@@ -7,7 +7,7 @@ text encoder, delivery, packing and events are the real ones.
 
 import time
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 from ray.serve import Application
@@ -25,7 +25,7 @@ class SimulatedSettings(ModelSettings):
     forward_s: Seconds = 0.02
     row_s: Seconds = 0.01
     picture_s: Seconds = 0.02  # of the decoder
-    threads: Literal[1] = 1  # rows that are shared out among threads would sleep side by side
+    threads: int | None = Field(default=1, ge=1, le=1)  # rows shared out among threads would sleep side by side
 
 
 class SimulatedModel(Model):

@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Serve the configuration on this machine until SIGTERM."""
     # Before anything imports Ray, which reads its environment then.
-    os.environ.update(setting.split("=", 1) for setting in environment or [])
+    os.environ.update({name: value for name, _, value in (each.partition("=") for each in environment or [])})
     set_ray_environment()
     raw = yaml.safe_load(config.read_text())
     raw |= {"http_options": raw.get("http_options", {}) | {"port": port}}

