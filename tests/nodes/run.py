@@ -1,0 +1,45 @@
+"""A cluster of a head and three workers, the application on it, and faults one after another."""
+
+from collections.abc import Mapping, Sequence
+
+from tests.nodes.cluster import Cluster
+from tests.nodes.faults import Fault, Stage, drain_a_node, kill_a_node, restart_the_head, update_a_model
+from tests.nodes.load import Load, Span
+from tests.nodes.system import System
+
+FAULTS: Mapping[str, Fault] = {
+    "kill": kill_a_node,
+    "drain": drain_a_node,
+    "update": update_a_model,
+    "head": restart_the_head,
+}
+# The kind of GPU of each worker, and how many: either of the first two has room for all that the other runs.
+WORKERS = {"a": ("L4", 2), "b": ("L4", 2), "c": ("L40S", 1)}
+REPLICAS = {"sd15": 2, "sdxl": 1}
+
+
+async def run(
+    faults: Sequence[str],
+    replicas: Mapping[str, int] = REPLICAS,
+    clients: int = 2,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Span]:
+    """What came of the requests while each of these happened, by its name in FAULTS."""
+    async with Cluster(environment) as cluster:
+        await cluster.start_head()
+        system = System(cluster, dict(replicas))
+        await start_missing(cluster)
+        await system.deploy()
+        stage = Stage(cluster, system, Load(system.address, tuple(replicas), clients))
+        spans = {}
+        for name in faults:
+            spans[name] = await FAULTS[name](stage)
+            await start_missing(cluster)
+        return spans
+
+
+async def start_missing(cluster: Cluster) -> None:
+    """Starts the workers that do not run."""
+    for name, (gpu, gpus) in WORKERS.items():
+        if name not in cluster.names or not cluster.processes(name):
+            await cluster.start_worker(name, gpu, gpus)
