@@ -47,10 +47,10 @@ def compose() -> Any:
 
 def test_ray_up_accepts_the_machines():
     config = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
-    schema = json.loads((resources.files(ray.autoscaler) / "ray-schema.json").read_text())
-    jsonschema.validate(config, schema)
-    validate_config(config)
-    assert prepare_config(config)["head_node_type"] == "head"
+    jsonschema.validate(config, json.loads((resources.files(ray.autoscaler) / "ray-schema.json").read_text()))
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert set(prepared["available_node_types"]) == {"head", "gpu-small", "gpu-large"}
 
 
 def test_the_machines_know_the_token_and_keep_the_heads_state():
