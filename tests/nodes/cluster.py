@@ -91,7 +91,8 @@ class Cluster:
         """Gives the port of the node's agent, which tells whether it lives."""
         agent = free_port()
         command = (
-            Path(sys.executable).parent / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=4",
+            Path(sys.executable).parent / "ray", "start", "--block", "--node-ip-address=127.0.0.1",
+            "--num-cpus=1",  # as many processes a node starts in advance
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}",
             "--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={OBJECT_STORE_BYTES}",
             "--include-log-monitor=false", *words,

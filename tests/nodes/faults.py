@@ -49,6 +49,7 @@ async def drain_a_node(stage: Stage) -> Span:
     async with stage.under_load() as spans:
         await stage.cluster.drain(leaving.node_id, DRAIN_S)
         await stage.system.until_whole(lambda replica: replica.node != leaving.node)
+        await stage.system.until_left(MODEL, leaving.node)
         await stage.cluster.stop(leaving.node)
     return spans[0]
 

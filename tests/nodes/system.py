@@ -20,8 +20,9 @@ CONFIG = PROJECT / "cluster" / "serve_gpu.yaml"
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica that runs: its process, and the node it is on."""
+    """One replica: its state, its process, and the node it is on."""
 
+    state: str
     pid: int
     node: str
     node_id: str
@@ -49,13 +50,18 @@ class System:
         await self._cluster.deploy(self.config)
 
     async def replicas(self, model: str) -> list[Replica]:
-        """Those of a model that run, on nodes that live."""
+        """Those of a model that run."""
         return await self.replicas_of(f"model-{model}")
 
     async def replicas_of(self, application: str) -> list[Replica]:
+        """Those of an application that run, and live."""
+        return [replica for replica in await self._placed(application) if replica.state == "RUNNING"]
+
+    async def _placed(self, application: str) -> list[Replica]:
+        """All of an application that live: those that start, drain and stop among them."""
         told = (await self._cluster.applications()).get(application, {"deployments": {}})
-        found = [r for d in told["deployments"].values() for r in d["replicas"] if r["state"] == "RUNNING"]
-        placed = [Replica(r["pid"], self._cluster.node_of(r["pid"]), r["node_id"]) for r in found]
+        found = [replica for deployment in told["deployments"].values() for replica in deployment["replicas"]]
+        placed = [Replica(r["state"], r["pid"], self._cluster.node_of(r["pid"]), r["node_id"]) for r in found if r["pid"]]
         return [replica for replica in placed if replica.node]
 
     async def pids(self) -> dict[str, list[int]]:
@@ -68,6 +74,12 @@ class System:
         async with asyncio.timeout(READY_TIMEOUT_S):
             while not await self._is_whole(also):
                 await self._raise_where_failed()
+                await asyncio.sleep(LOOK_S)
+
+    async def until_left(self, model: str, node: str) -> None:
+        """Waits until no replica of the model is on the node, not even one that still finishes a request."""
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while any(replica.node == node for replica in await self._placed(f"model-{model}")):
                 await asyncio.sleep(LOOK_S)
 
     async def _is_whole(self, also: Callable[[Replica], bool]) -> bool:
