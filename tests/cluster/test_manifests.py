@@ -17,6 +17,7 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from app import deployment
 from app.settings import RAY_ENVIRONMENT
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -25,7 +26,9 @@ KUBERNETES = "1.32"
 
 
 def documents() -> list[Any]:
-    return list(yaml.safe_load_all((CLUSTER / "rayservice.yaml").read_text()))
+    """All objects for Kubernetes."""
+    files = [CLUSTER / "rayservice.yaml", CLUSTER / "weights-job.yaml"]
+    return [document for file in files for document in yaml.safe_load_all(file.read_text())]
 
 
 def rayservice() -> Any:
@@ -97,6 +100,13 @@ def test_whoever_serves_knows_the_passwords():
         told = {variable["name"] for c in group["template"]["spec"]["containers"] for variable in c.get("env", ())}
         wanted = {"PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
         assert told == (set() if name == "head" else wanted)
+
+
+def test_the_job_fetches_what_the_models_read():
+    (job,) = (document for document in documents() if document["kind"] == "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    models = deployment.read(CLUSTER / "serve_gpu.yaml")[0].models
+    assert [f"/models/{word}" for word in container["args"] if "@" in word] == [model.source for model in models]
 
 
 def test_the_page_names_every_secret():
