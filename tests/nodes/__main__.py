@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.serving import PROJECT
+from tests.nodes.composed import draw_and_work
 from tests.nodes.load import Span
 from tests.nodes.run import FAULTS, REPLICAS, run
 
@@ -15,12 +17,16 @@ from tests.nodes.run import FAULTS, REPLICAS, run
 def main(
     fault: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(FAULTS)}; all unless said.")] = None,
     clients: Annotated[int, typer.Option(help="That draw at a time, for each model.")] = 2,
+    composed: Annotated[bool, typer.Option("--composed", help="What compose.yaml deploys, and no fault.")] = False,
     high_throughput: Annotated[bool, typer.Option("--high-throughput", help="With HAProxy in front.")] = False,
 ) -> None:
     """Start a cluster of its own and see whether any request fails. Ends with status 1 where one does."""
     unknown = set(fault or ()) - FAULTS.keys()
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: must be one of {', '.join(FAULTS)}")
+    if composed:
+        asyncio.run(draw_and_work())
+        return
     spans = asyncio.run(run(fault or tuple(FAULTS), clients=clients, environment=profile() if high_throughput else {}))
     console = Console()
     console.print(table(spans))
@@ -32,8 +38,6 @@ def main(
 
 def profile() -> dict[str, str]:
     """The environment of the profile with HAProxy."""
-    from bench.serving import PROJECT
-
     lines = (PROJECT / "cluster" / "high_throughput.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 

@@ -31,10 +31,9 @@ LOOK_S = 0.2
 class Cluster:
     """A head and workers, for as long as the block lasts. Whatever was started ends with it."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None):
-        """`environment` is for every node, beside what the project's image sets."""
-        # Not below pytest's folders: the path of a Unix socket has 107 bytes at most.
-        self.folder = Path(tempfile.mkdtemp(prefix="hn-"))
+    def __init__(self, environment: Mapping[str, str] | None = None, folder: Path | None = None):
+        """`environment` is for every node, beside what the project's image sets; `folder` takes all files."""
+        self.folder = folder or folder_of_its_own()
         self.port, self._dashboard_port = free_port(), free_port()
         self.dashboard = f"http://127.0.0.1:{self._dashboard_port}"
         token = self.folder / "token"
@@ -81,9 +80,9 @@ class Cluster:
         await self._start(HEAD, words, kept)
         await self._until_answers(f"{self.dashboard}/api/gcs_healthz", HEAD)
 
-    async def start_worker(self, name: str, gpu: str, gpus: int = 1) -> None:
-        """A worker that has GPUs of a kind, as its labels say."""
-        words = (f"--address=127.0.0.1:{self.port}", f"--num-gpus={gpus}", f"--labels=ray.io/accelerator-type={gpu}")
+    async def start_worker(self, name: str, label: str, gpus: int) -> None:
+        """A worker with a label, and with so many GPUs, which Ray believes."""
+        words = (f"--address=127.0.0.1:{self.port}", f"--num-gpus={gpus}", f"--labels={label}")
         agent = await self._start(name, words, {})
         await self._until_answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", name)
 
@@ -179,6 +178,11 @@ class Cluster:
             if answer.status_code == 200:
                 return answer.json()["applications"]
         return {}
+
+
+def folder_of_its_own() -> Path:
+    """Not below pytest's folders: the path of a Unix socket has 107 bytes at most."""
+    return Path(tempfile.mkdtemp(prefix="hn-"))
 
 
 def _mark_of(process: psutil.Process) -> str:

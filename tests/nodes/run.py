@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from bench.serving import PROJECT, free_port
 from tests.nodes.cluster import Cluster
 from tests.nodes.faults import Fault, Stage, drain_a_node, kill_a_node, restart_the_head, update_a_model
 from tests.nodes.load import Load, Span
-from tests.nodes.system import System
+from tests.nodes.system import System, small
 
 FAULTS: Mapping[str, Fault] = {
     "kill": kill_a_node,
@@ -13,6 +14,7 @@ FAULTS: Mapping[str, Fault] = {
     "update": update_a_model,
     "head": restart_the_head,
 }
+CONFIG = PROJECT / "cluster" / "serve_gpu.yaml"
 # The kind of GPU of each worker, and how many: either of the first two has room for all that the other runs.
 WORKERS = {"a": ("L4", 2), "b": ("L4", 2), "c": ("L40S", 1)}
 REPLICAS = {"sd15": 2, "sdxl": 1}
@@ -27,7 +29,7 @@ async def run(
     """What came of the requests while each of these happened, by its name in FAULTS."""
     async with Cluster(environment) as cluster:
         await cluster.start_head()
-        system = System(cluster, dict(replicas))
+        system = System(cluster, small(CONFIG, cluster.folder, free_port(), replicas), replicas)
         await start_missing(cluster)
         await system.deploy()
         stage = Stage(cluster, system, Load(system.address, tuple(replicas), clients))
@@ -42,4 +44,4 @@ async def start_missing(cluster: Cluster) -> None:
     """Starts the workers that do not run."""
     for name, (gpu, gpus) in WORKERS.items():
         if name not in cluster.names or not cluster.processes(name):
-            await cluster.start_worker(name, gpu, gpus)
+            await cluster.start_worker(name, f"ray.io/accelerator-type={gpu}", gpus)

@@ -1,7 +1,7 @@
 """The application on a cluster: the production configuration with small models on the CPU, deployed and watched."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,10 @@ from typing import Any
 import httpx2
 import yaml
 
-from bench.serving import PROJECT, free_port
 from tests.nodes.cluster import Cluster
 
 READY_TIMEOUT_S = 240.0
 LOOK_S = 0.3
-CONFIG = PROJECT / "cluster" / "serve_gpu.yaml"
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,10 @@ class Replica:
 class System:
     """A configuration on a cluster, and what Serve says of it."""
 
-    def __init__(self, cluster: Cluster, replicas: dict[str, int]):
-        """`replicas` says which models run, and how many of each."""
-        self._cluster, self._wanted = cluster, replicas
-        port = free_port()
-        self.address = f"http://127.0.0.1:{port}"
-        self.config = small(CONFIG, cluster.folder, port, replicas)
+    def __init__(self, cluster: Cluster, config: dict[str, Any], replicas: Mapping[str, int]):
+        """`replicas` says how many of each model there are once it is whole."""
+        self._cluster, self.config, self._wanted = cluster, config, replicas
+        self.address = "http://{host}:{port}".format(**config["http_options"])
 
     async def deploy(self) -> None:
         """Returns when every replica runs and the gateway is ready."""
@@ -98,7 +94,7 @@ class System:
                 raise RuntimeError(f"{name} failed to deploy: {told['message']}")
 
 
-def small(config: Path, folder: Path, port: int, replicas: dict[str, int]) -> dict[str, Any]:
+def small(config: Path, folder: Path, port: int, replicas: Mapping[str, int]) -> dict[str, Any]:
     """A production configuration as it can run here: these of its models alone, embedded and on the CPU, though each
     replica still takes a GPU of the kind it wants; SQLite and a folder; the gateway and its proxy on the head."""
     raw = yaml.safe_load(config.read_text())
