@@ -9,7 +9,8 @@ from tests.nodes.cluster import HEAD, Cluster
 from tests.nodes.load import Load, Span
 from tests.nodes.system import System
 
-MODEL = "sd15"  # whose node it befalls
+MODEL = "sd15"  # whose node it befalls; it has several replicas
+LONELY = "sdxl"  # has one replica, on the only node with a GPU of its kind
 DRAIN_S = 120
 
 
@@ -20,6 +21,7 @@ class Stage:
     cluster: Cluster
     system: System
     load: Load
+    start_missing: Callable[[], Awaitable[None]]  # the nodes that do not run
 
     @asynccontextmanager
     async def under_load(self) -> AsyncIterator[list[Span]]:
@@ -40,6 +42,16 @@ async def kill_a_node(stage: Stage) -> Span:
     async with stage.under_load() as spans:
         await stage.cluster.kill(victim.node)
         await stage.system.until_whole(lambda replica: replica.node != victim.node)
+    return spans[0]
+
+
+async def lose_the_only_node(stage: Stage) -> Span:
+    """The only node that has a GPU for a model is killed, and started again: meanwhile the model's requests wait."""
+    victim = (await stage.system.replicas(LONELY))[0]
+    async with stage.under_load() as spans:
+        await stage.cluster.kill(victim.node)
+        await stage.start_missing()
+        await stage.system.until_whole()
     return spans[0]
 
 

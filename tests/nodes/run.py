@@ -1,15 +1,25 @@
 """A cluster of a head and three workers, the application on it, and faults one after another."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from bench.serving import PROJECT, free_port
 from tests.nodes.cluster import Cluster
-from tests.nodes.faults import Fault, Stage, drain_a_node, kill_a_node, restart_the_head, update_a_model
+from tests.nodes.faults import (
+    Fault,
+    Stage,
+    drain_a_node,
+    kill_a_node,
+    lose_the_only_node,
+    restart_the_head,
+    update_a_model,
+)
 from tests.nodes.load import Load, Span
 from tests.nodes.system import System, small
 
 FAULTS: Mapping[str, Fault] = {
     "kill": kill_a_node,
+    "lose": lose_the_only_node,
     "drain": drain_a_node,
     "update": update_a_model,
     "head": restart_the_head,
@@ -32,7 +42,8 @@ async def run(
         system = System(cluster, small(CONFIG, cluster.folder, free_port(), replicas), replicas)
         await start_missing(cluster)
         await system.deploy()
-        stage = Stage(cluster, system, Load(system.address, tuple(replicas), clients))
+        load = Load(system.address, tuple(replicas), clients)
+        stage = Stage(cluster, system, load, partial(start_missing, cluster))
         spans = {}
         for name in faults:
             spans[name] = await FAULTS[name](stage)
