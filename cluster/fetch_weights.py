@@ -25,7 +25,13 @@ from models.errors import HeliographError, InvalidRequest
 from models.families.sdxl import COMPONENTS  # those of the other families are among them
 from models.weights import COMMIT, HUB_ID, check_safetensors, wanted
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Fetcher:
@@ -73,12 +79,13 @@ class Fetcher:
 def _check_list(pinned: str, files: list[RemoteFile], locked: Files | None) -> None:
     """Raises InvalidRequest where the hub has other files than are locked, or no weights."""
     if not any(file.path.endswith(".safetensors") for file in files):
-        raise InvalidRequest("model", f"{pinned} has no weights in .safetensors under the names that diffusers gives them")
+        raise InvalidRequest("model", f"{pinned} has no weights in .safetensors by the names that diffusers gives them")
     if locked is None:
         return
     offered = {(file.path, file.bytes) for file in files}
     if other := offered ^ {(path, file.bytes) for path, file in locked.items()}:
-        raise InvalidRequest("model", f"{pinned} differs from its lock in {', '.join(sorted({path for path, _ in other}))}")
+        paths = ", ".join(sorted({path for path, _ in other}))
+        raise InvalidRequest("model", f"{pinned} differs from its lock in {paths}")
 
 
 def _check_content(pinned: str, draft: Path, found: Files, expected: Files) -> None:

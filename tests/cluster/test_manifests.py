@@ -79,9 +79,9 @@ def test_the_rayservice_has_the_documented_fields():
 @pytest.mark.parametrize("name", groups())
 def test_kubernetes_accepts_the_pods(name: str):
     template = groups()[name]["template"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"], "spec": template["spec"]}
-    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     spec = template["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"], "spec": spec}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     assert spec["securityContext"]["runAsNonRoot"]
     assert all(not c["securityContext"]["allowPrivilegeEscalation"] for c in spec["containers"])
     assert {mount["name"] for c in spec["containers"] for mount in c.get("volumeMounts", ())} <= {
@@ -169,14 +169,16 @@ def test_the_image_gets_what_it_copies():
 def test_secrets_reach_a_command_as_files(tmp_path: Path):
     (tmp_path / "key").write_text("it's a $ecret\n")
     environment = {"PATH": os.defpath, "PGPASSWORD_FILE": str(tmp_path / "key"), "AWS_ACCESS_KEY_ID": "as it is"}
-    command = [CLUSTER / "entrypoint.sh", "sh", "-c", 'printf "%s|%s|%s" "$PGPASSWORD" "$AWS_ACCESS_KEY_ID" "$1"', "-", "a b"]
+    program = 'printf "%s|%s|%s" "$PGPASSWORD" "$AWS_ACCESS_KEY_ID" "$1"'
+    command = [CLUSTER / "entrypoint.sh", "sh", "-c", program, "-", "a b"]
     told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert told.stdout == "it's a $ecret|as it is|a b"
 
 
 def test_a_secret_that_is_not_there_ends_the_command(tmp_path: Path):
     environment = {"PATH": os.defpath, "PGPASSWORD_FILE": str(tmp_path / "none")}
-    ended = subprocess.run([CLUSTER / "entrypoint.sh", "echo", "started"], env=environment, capture_output=True, check=False)
+    command = [CLUSTER / "entrypoint.sh", "echo", "started"]
+    ended = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert ended.returncode != 0
     assert b"started" not in ended.stdout
 

@@ -1,1 +1,1 @@
-"""Several real raylets on one machine, and what befalls them: a node is killed, the head restarts, a node is drained."""
+"""Several real raylets on one machine, and what befalls them: nodes die, are drained, come back."""

@@ -98,9 +98,8 @@ class Cluster:
         )  # fmt: skip
         environment = self._environment | dict(environment) | {MARK: self._mark(name)}
         with self._log(name).open("ab") as said:
-            self._nodes[name] = await asyncio.to_thread(
-                subprocess.Popen, command, cwd=PROJECT, env=environment, stdout=said, stderr=said, start_new_session=True
-            )
+            options = {"cwd": PROJECT, "env": environment, "stdout": said, "stderr": said, "start_new_session": True}
+            self._nodes[name] = await asyncio.to_thread(subprocess.Popen, command, **options)
         return agent
 
     def _log(self, name: str) -> Path:

@@ -83,7 +83,7 @@ async def update_a_model(stage: Stage) -> Span:
 async def restart_the_head(stage: Stage) -> Span:
     """The head is killed and started again. Nothing is deployed: it has to know what ran.
 
-    Nobody asks meanwhile, since the gateway and the proxy of this cluster live on the head. The models' processes go on.
+    Nobody asks meanwhile, since this cluster's gateway and proxy live on the head. The models' processes go on.
     """
     models = [name for name in await stage.system.pids() if name.startswith("model-")]
     before = {name: await stage.system.replicas_of(name) for name in models}
