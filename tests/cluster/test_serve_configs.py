@@ -10,8 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from app import deployment
 from app.local import refuse_unknown_options
-from cluster.fetch_weights import HUB_ID
-from models.weights import COMMIT
+from models.weights import COMMIT, HUB_ID
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 CONFIGS = sorted(CLUSTER.glob("serve_*.yaml"))

@@ -141,7 +141,8 @@ class Cluster:
     async def stop(self, name: str) -> None:
         """SIGTERM for `ray start`, which ends its node's processes."""
         self._nodes[name].send_signal(signal.SIGTERM)
-        await asyncio.to_thread(self._nodes[name].wait, STOP_TIMEOUT_S)
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._nodes[name].wait, STOP_TIMEOUT_S)
         await self.kill(name)
 
     async def drain(self, node_id: str, deadline_s: int) -> None:
