@@ -55,10 +55,10 @@ class System:
 
     async def _placed(self, application: str) -> list[Replica]:
         """All of an application that live: those that start, drain and stop among them."""
-        application_told = (await self._cluster.applications()).get(application, {"deployments": {}})
-        found = [r for deployment in application_told["deployments"].values() for r in deployment["replicas"]]
-        pids = [(replica, replica["pid"]) for replica in found if replica["pid"]]
-        placed = [Replica(told["state"], pid, self._cluster.node_of(pid), told["node_id"]) for told, pid in pids]
+        told = (await self._cluster.applications()).get(application, {"deployments": {}})
+        found = [r for deployment in told["deployments"].values() for r in deployment["replicas"]]
+        begun = [r for r in found if r.get("pid") and r.get("node_id")]  # the others wait for a place
+        placed = [Replica(r["state"], r["pid"], self._cluster.node_of(r["pid"]), r["node_id"]) for r in begun]
         return [replica for replica in placed if replica.node]
 
     async def pids(self) -> dict[str, list[int]]:
