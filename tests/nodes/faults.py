@@ -11,7 +11,8 @@ from tests.nodes.system import System
 
 MODEL = "sd15"  # whose node it befalls; it has several replicas
 LONELY = "sdxl"  # has one replica, on the only node with a GPU of its kind
-DRAIN_S = 120
+# Serve starts a replica elsewhere first only where more time is left than graceful_shutdown_timeout_s (180 s).
+DRAIN_S = 600
 
 
 @dataclass(frozen=True)
