@@ -71,11 +71,11 @@ def difference(control: Sums, arm: Sums, confidence: float = CONFIDENCE) -> Diff
 def evidence(a: Numbers, s: Numbers, b: Numbers, t: Numbers, delta: Numbers) -> Numbers:
     """The logarithm of an e-value against the means of two arms being `delta` apart; vectorised.
 
-    `a` independent numbers within [0, 1] add up to s, and b others to t. For each arm the likelihood ratio of a beta
-    mixture to a mean p is a test supermartingale for that mean, of any numbers within [0, 1] (Robbins, 1970; Howard,
-    Ramdas, McAuliffe and Sekhon, 2021, arXiv:1810.08240, proposition 7); so is the product, and the least over all
-    pairs of means that are `delta` apart is an e-process for all of them (Turner and Grünwald, 2023, arXiv:2106.02693).
-    By Ville's inequality it ever reaches -log(0.05) with a probability of 0.05 at most where `delta` is true.
+    `a` independent numbers within [0, 1] add up to s, and b others to t. For each arm, the likelihood ratio of a uniform
+    mixture of means to one mean is a test supermartingale against that mean (Robbins, 1970; for any numbers within
+    [0, 1]: Howard, Ramdas, McAuliffe and Sekhon, 2021, arXiv:1810.08240). So is the product of both against a pair of
+    means, and the least over all pairs that are `delta` apart never exceeds that of the true pair. By Ville's
+    inequality it ever reaches -log(0.05) with a probability of at most 0.05 where `delta` is true.
     """
     from scipy.special import betaln, xlog1py, xlogy
 
