@@ -107,16 +107,19 @@ class ExperimentStore:
         async def work(connection: AsyncConnection) -> Mapping[str, str]:
             mine = and_(exposures.c.owner == owner, _OPEN, _DRAWN)
             about = or_(exposures.c.id == id, exposures.c.receipt_id == id)
-            rows = (await connection.execute(select(exposures).where(mine, about))).all()
+            found = await connection.execute(select(exposures).where(mine, about).order_by(exposures.c.created_at.desc()))
+            rows = found.all()
             if not rows:
                 raise NotFound(f"nothing of the id {id[:64]!r} was drawn in an experiment for this caller")
-            await one_at_a_time(connection, f"outcome {rows[0].id}")
-            key = and_(outcomes.c.id == rows[0].id, outcomes.c.outcome == outcome)
+            # Of generations that were given out again by one receipt, the newest is meant.
+            meant = id if any(row.id == id for row in rows) else rows[0].id
+            await one_at_a_time(connection, f"outcome {meant}")
+            key = and_(outcomes.c.id == meant, outcomes.c.outcome == outcome)
             changed = await connection.execute(update(outcomes).where(key).values(value=value).returning(outcomes.c.id))
             if changed.first() is None:
-                values = {"id": rows[0].id, "outcome": outcome, "value": value, "created_at": await clock(connection)}
+                values = {"id": meant, "outcome": outcome, "value": value, "created_at": await clock(connection)}
                 await connection.execute(insert(outcomes).values(values))
-            return {row.experiment: row.arm for row in rows}
+            return {row.experiment: row.arm for row in rows if row.id == meant}
 
         return await self._database.write(work)
 

@@ -1,5 +1,6 @@
 """`POST /v1/feedback`, and for administrators `GET /v1/experiments`: outcomes in, reports out."""
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from models.errors import NotFound
 
 _ADMIN = scope("admin")
 _LOW, _HIGH = RATINGS
+_ID = re.compile("[0-9a-f]{32}")
 
 
 class FeedbackBody(Wire):
@@ -56,7 +58,9 @@ def add(router: APIRouter, service: Service) -> None:
 
 
 async def _generation(service: Service, id: str) -> str:
-    """The id under which a generation is known: that of a job's result, where it is a job's."""
+    """The id under which a generation is known: that of a job's result, where it is a job's. Raises NotFound."""
+    if not _ID.fullmatch(id):  # which not every database would compare
+        raise NotFound("there are no such ids; an answer's `id` and `receipt_id` have 32 hexadecimal digits")
     try:
         job = await service.jobs.get(id)
     except NotFound:  # of the job, or of all jobs: this server keeps none

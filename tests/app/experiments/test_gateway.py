@@ -162,9 +162,6 @@ async def test_force_has_the_arms_decide_all_the_same(house: House, client: http
 
 
 async def test_who_is_in(house: House, client: httpx2.AsyncClient):
-    def caller() -> str:
-        return house.router.requests[-1].experiments[0].unit
-
     house.offer(bigger=BIGGER)
     assert arms(await draw(client, None)) == []  # no unit to stick to
     house.offer(bigger=BIGGER | {"unit": "session"})
@@ -280,9 +277,9 @@ async def test_feedback_is_refused_for_what_is_not_ones_own(house: House, client
     async with await house.client() as other:
         answers = [
             await one.post("/v1/feedback", json={"id": id, "outcome": "kept"})
-            for one, id in ((other, mine["id"]), (other, mine["receipt_id"]), (client, "0" * 32), (client, outside["id"]))
+            for one, id in ((other, mine["id"]), (other, mine["receipt_id"]), (client, "0" * 32), (client, outside["id"]), (client, "\0"))
         ]
-    assert [answer.status_code for answer in answers] == [404] * 4
+    assert [answer.status_code for answer in answers] == [404] * 5
     for body, field in (
         ({"outcome": "kept"}, "id"),
         ({"id": mine["id"], "outcome": "liked"}, "outcome"),
@@ -390,6 +387,7 @@ async def test_shadows_are_bounded(house: House, client: httpx2.AsyncClient):
     house.offer(shadowed=SHADOWED)
     drawing = [asyncio.create_task(draw(client, f"user-{n}")) for n in range(12)]
     await asyncio.gather(*drawing)
+    await asyncio.sleep(0.2)
     await until(lambda: house.router.left == len(house.router.requests))
     shadows = [request for request in house.router.requests if request.experiments[0].shadow]
     assert len(shadows) + house.service.shadows.left_out == 12

@@ -99,3 +99,13 @@ def test_an_outcome_that_cannot_be_is_refused(outcome: str, value: float | None,
     with pytest.raises(InvalidRequest) as refused:
         check_outcome(outcome, value)
     assert refused.value.field == field
+
+
+async def test_of_generations_with_one_receipt_the_newest_is_meant(store: ExperimentStore):
+    """Pictures out of the cache have the receipt of those that were drawn."""
+    receipt = f"{99:032x}"
+    await store.record([exposure(1, receipt_id=receipt)])
+    await asyncio.sleep(0.01)
+    await store.record([exposure(2, "fast", receipt_id=receipt)])
+    assert await store.say("ada", receipt, "kept", 1.0) == {"steps": "fast"}
+    assert await store.say("ada", f"{1:032x}", "kept", 1.0) == {"steps": "control"}
