@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from app.config_option import CONFIG, Config, console
-from app.experiments.cli import experiments_app
+from app.experiment_commands import experiments_app
 from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options

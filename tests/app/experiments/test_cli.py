@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from app.database import Database
-from app.experiments.cli import plot
+from app.experiment_commands import plot
 from app.experiments.store import ExperimentStore
 from tests.app.experiments.conftest import exposure
 
