@@ -60,7 +60,9 @@ def report(
 
 
 @experiments_app.command()
-def forget(name: Annotated[str, typer.Argument(help="Of an experiment that is over.")], config: Config = CONFIG) -> None:
+def forget(
+    name: Annotated[str, typer.Argument(help="Of an experiment that is over.")], config: Config = CONFIG
+) -> None:
     """Remove all that the database of a configuration knows of an experiment."""
     from app import deployment
     from app.database import perform

@@ -45,7 +45,8 @@ class GenerationRequest:
     it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `noise_level` is how
     much noise an upscaling model puts on the picture that it makes larger. `stop_at_step` ends the work early, with the
     estimate that step has come to. `deadline_s` is how long the caller waits, counted from submission. `preview_every`
-    asks for a preview in every n-th progress event, 0 for none. `experiments` says which arms it is drawn for, and changes nothing.
+    asks for a preview in every n-th progress event, 0 for none. `experiments` says which arms it is drawn for,
+    and changes nothing.
     """
 
     model: str

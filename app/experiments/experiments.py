@@ -12,7 +12,7 @@ from app.experiments.enrolment import Draws, Enrolment, Visit, enrol
 from app.experiments.rails import Key, Rails, RailState
 from app.experiments.recorder import Recorder
 from app.experiments.settings import ExperimentSettings
-from app.experiments.store import Exposure, ExperimentStore
+from app.experiments.store import ExperimentStore, Exposure
 from app.keys.caller import current
 from models.errors import GenerationFailed, HeliographError, NotFound, Overloaded, Unavailable
 from models.events import Timings

@@ -62,7 +62,9 @@ async def report(store: ExperimentStore, offered: Offered) -> Report:
     """Reads it all from the database. Raises Unavailable."""
     name, settings = offered.name, offered.settings
     assigned, totals = await store.assigned(name, settings.version), await store.totals(name, settings.version)
-    sums = {outcome: await store.sums(name, settings.version, outcome) for outcome in OUTCOMES}
+    sums: dict[OutcomeKind, Mapping[str, Sums]] = {}
+    for outcome in OUTCOMES:
+        sums[outcome] = await store.sums(name, settings.version, outcome)
     arms = [
         _arm(offered, arm, assigned.get(arm, 0), totals.get(arm, _NOTHING), _outcomes(sums, arm, settings.control))
         for arm in settings.arms

@@ -36,8 +36,8 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm's mean less the control's. `once` is for one look at a time that was chosen before, None for too few units;
-    `always` and `p_value` hold however often one looks, and whenever one stops."""
+    """An arm's mean less the control's. `once` is for one look at a time that was chosen before, None for too few
+    units; `always` and `p_value` hold however often one looks, and whenever one stops."""
 
     estimate: float
     once: Interval | None
@@ -47,9 +47,7 @@ class Difference:
     def scaled(self, by: float) -> "Difference":
         """The same in another unit."""
         once = None if self.once is None else self.once.scaled(by)
-        return Difference(
-            estimate=self.estimate * by, once=once, always=self.always.scaled(by), p_value=self.p_value
-        )
+        return Difference(estimate=self.estimate * by, once=once, always=self.always.scaled(by), p_value=self.p_value)
 
 
 def difference(control: Sums, arm: Sums, confidence: float = CONFIDENCE) -> Difference:
@@ -71,10 +69,10 @@ def difference(control: Sums, arm: Sums, confidence: float = CONFIDENCE) -> Diff
 def evidence(a: Numbers, s: Numbers, b: Numbers, t: Numbers, delta: Numbers) -> Numbers:
     """The logarithm of an e-value against the means of two arms being `delta` apart; vectorised.
 
-    `a` independent numbers within [0, 1] add up to s, and b others to t. For each arm, the likelihood ratio of a uniform
-    mixture of means to one mean is a test supermartingale against that mean (Robbins, 1970; for any numbers within
-    [0, 1]: Howard, Ramdas, McAuliffe and Sekhon, 2021, arXiv:1810.08240). So is the product of both against a pair of
-    means, and the least over all pairs that are `delta` apart never exceeds that of the true pair. By Ville's
+    `a` independent numbers within [0, 1] add up to s, and b others to t. For each arm, the likelihood ratio of a
+    uniform mixture of means to one mean is a test supermartingale against that mean (Robbins, 1970; for any numbers
+    within [0, 1]: Howard, Ramdas, McAuliffe and Sekhon, 2021, arXiv:1810.08240). So is the product of both against a
+    pair of means, and the least over all pairs that are `delta` apart never exceeds that of the true pair. By Ville's
     inequality it ever reaches -log(0.05) with a probability of at most 0.05 where `delta` is true.
     """
     from scipy.special import betaln, xlog1py, xlogy

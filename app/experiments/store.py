@@ -107,7 +107,9 @@ class ExperimentStore:
         async def work(connection: AsyncConnection) -> Mapping[str, str]:
             mine = and_(exposures.c.owner == owner, _OPEN, _DRAWN)
             about = or_(exposures.c.id == id, exposures.c.receipt_id == id)
-            found = await connection.execute(select(exposures).where(mine, about).order_by(exposures.c.created_at.desc()))
+            found = await connection.execute(
+                select(exposures).where(mine, about).order_by(exposures.c.created_at.desc())
+            )
             rows = found.all()
             if not rows:
                 raise NotFound(f"nothing of the id {id[:64]!r} was drawn in an experiment for this caller")
@@ -129,7 +131,7 @@ class ExperimentStore:
         query = query.where(_of(experiment, version), _OPEN).group_by(exposures.c.assigned)
 
         async def work(connection: AsyncConnection) -> Mapping[str, int]:
-            return {arm: int(units) for arm, units in (await connection.execute(query)).tuples()}
+            return {row[0]: int(row[1]) for row in (await connection.execute(query)).all()}
 
         return await self._database.read(work)
 
@@ -179,7 +181,7 @@ class ExperimentStore:
         query = select(units.c.arm, func.count(), func.sum(units.c.mean), func.sum(units.c.mean * units.c.mean))
 
         async def work(connection: AsyncConnection) -> Mapping[str, Sums]:
-            rows = (await connection.execute(query.group_by(units.c.arm))).tuples()
+            rows = (await connection.execute(query.group_by(units.c.arm))).all()
             return {a: Sums(units=int(n), total=float(s), squares=float(q)) for a, n, s, q in rows}
 
         return await self._database.read(work)

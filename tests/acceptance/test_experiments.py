@@ -1,5 +1,5 @@
-"""An experiment on the running server, with two real models as its arms: put there, watched, changed and removed through
-Serve's REST API, in place."""
+"""An experiment on the running server, with two real models as its arms: put there, watched, changed and removed
+in place, through Serve's REST API."""
 
 import base64
 import io

@@ -163,7 +163,9 @@ async def test_the_arm_of_an_experiment_is_told_beside_the_parameters(client: ht
     text = write(request_for(experiments=(arm,)), "0123456789ab", "full")
     assert json.loads(text["heliograph"])["experiments"] == [{"name": "steps", "arm": "fast"}]
     assert "nobodys" not in str(text)  # whose picture it is, is nobody's business
-    assert "experiments" not in json.loads(write(request_for(experiments=(arm,)), "0123456789ab", "minimal")["heliograph"])
+    assert "experiments" not in json.loads(
+        write(request_for(experiments=(arm,)), "0123456789ab", "minimal")["heliograph"]
+    )
     answer = await client.post("/v1/metadata", content=picture(experiments=(arm,)))
     assert answer.json()["warnings"] == []
     assert (await client.post("/v1/generate", json=answer.json()["parameters"])).status_code == 200

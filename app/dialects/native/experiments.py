@@ -79,7 +79,14 @@ def from_offered(offered: Offered) -> dict[str, Any]:
     }
     who = {"unit": settings.unit, "share": settings.share, "keys": list(settings.keys), "header": settings.header}
     rules = {"layer": settings.layer, "force": settings.force, "control": settings.control}
-    return {"name": offered.name, "enabled": settings.enabled, "version": settings.version, **who, **rules, "arms": arms}
+    return {
+        "name": offered.name,
+        "enabled": settings.enabled,
+        "version": settings.version,
+        **who,
+        **rules,
+        "arms": arms,
+    }
 
 
 def from_report(report: Report) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`heliograph experiments` where no server is needed."""
 
+import asyncio
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ async def test_an_experiment_is_forgotten(tmp_path: Path, blank_file: Path):
     database = Database(url)
     await ExperimentStore(database).record([exposure(1), exposure(2)])
     command = [sys.executable, "-m", "app.cli", "experiments", "forget", "steps", "-c", tmp_path / "config.yaml"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, "removed 2 exposures of steps" in ran.stderr) == (0, True), ran.stderr
     assert await ExperimentStore(database).totals("steps", "v1") == {}
     await database.close()

@@ -32,9 +32,10 @@ from app.settings import CatalogueSettings, FolderSettings, GatewaySettings, Que
 from models.errors import GenerationFailed, InvalidRequest, Unavailable
 from tests.app.conftest import ADAPTERS, CARDS, UPSCALER, MemoryRouter
 
-MODELS = [
-    {"name": "sd15", "source": "models/embedded/sd15"},
-    {"name": "sdxl", "family": "sdxl", "source": "models/embedded/sdxl"},
+LARGE = {"max_pixels": 1024 * 1024}
+MODELS: list[dict[str, Any]] = [
+    {"name": "sd15", "source": "models/embedded/sd15", "defaults": LARGE},
+    {"name": "sdxl", "family": "sdxl", "source": "models/embedded/sdxl", "defaults": LARGE},
 ]
 BIGGER: dict[str, Any] = {"unit": "user", "arms": {"control": {}, "bigger": {"model": "sdxl", "steps": 9}}}
 FEWER: dict[str, Any] = {"unit": "user", "arms": {"control": {}, "fewer": {"guidance_scale": 2.0}}}
@@ -62,7 +63,10 @@ class House:
         budgets = Budgets()
         results = kept.opened(self.settings, self.database)
         metered = Metered(router, budgets)
-        jobs, pictures = JobStore(self.database), stores.opened(store, derive(read_or_make(folder / "secret"), "pictures"))
+        jobs, pictures = (
+            JobStore(self.database),
+            stores.opened(store, derive(read_or_make(folder / "secret"), "pictures")),
+        )
         behind = Jobs(jobs, pictures, metered.charge, lambda url, field: None)
         self.service = Service(metered, None, results, behind, experiments=self.experiments)
         runners = Service(router, None, results, experiments=Experiments(ExperimentStore(self.database)))
@@ -177,7 +181,7 @@ async def test_who_is_in(house: House, client: httpx2.AsyncClient):
     answer = await client.post("/v1/generate", json=BODY, headers={"X-User-Id": "ada", "x-plan": "paid"})
     assert len(arms(answer)) == 1
     house.offer(bigger=BIGGER | {"share": 0.3})
-    inside = sum(bool(arms(await draw(client, f"user-{n}"))) for n in range(60))
+    inside = sum([bool(arms(await draw(client, f"user-{n}"))) for n in range(60)])
     assert 6 <= inside <= 32
     house.offer(bigger=BIGGER | {"enabled": False})
     assert arms(await draw(client, "ada")) == []
@@ -240,7 +244,10 @@ async def test_arms_do_not_keep_the_cache_from_finding(house: House, client: htt
     assert (found.json()["cached"], arms(found)) == (True, ["control"])
     report = await house.report("bigger")
     control = next(arm for arm in report["arms"] if arm["name"] == "control")
-    assert control["exposures"] == sum(bool(r.experiments and r.experiments[0].arm == "control") for r in house.router.requests) + 1
+    assert (
+        control["exposures"]
+        == sum(bool(r.experiments and r.experiments[0].arm == "control") for r in house.router.requests) + 1
+    )
 
 
 async def test_feedback_is_counted_by_unit_and_reported(house: House, client: httpx2.AsyncClient):
@@ -274,10 +281,17 @@ async def test_feedback_is_counted_by_unit_and_reported(house: House, client: ht
 async def test_feedback_is_refused_for_what_is_not_ones_own(house: House, client: httpx2.AsyncClient):
     house.offer(bigger=BIGGER)
     mine, outside = (await draw(client, "ada")).json(), (await draw(client, None)).json()
+    strange = ("0" * 32, outside["id"], "\0")
     async with await house.client() as other:
         answers = [
             await one.post("/v1/feedback", json={"id": id, "outcome": "kept"})
-            for one, id in ((other, mine["id"]), (other, mine["receipt_id"]), (client, "0" * 32), (client, outside["id"]), (client, "\0"))
+            for one, id in (
+                (other, mine["id"]),
+                (other, mine["receipt_id"]),
+                (client, "0" * 32),
+                (client, outside["id"]),
+                (client, "\0"),
+            )
         ]
     assert [answer.status_code for answer in answers] == [404] * 5
     for body, field in (

@@ -47,9 +47,10 @@ def test_what_an_arm_leaves_open_is_decided_by_default():
 
 
 def test_who_states_one_of_a_pair_has_stated_both():
-    assert ExperimentSettings.model_validate(
-        {"arms": {"control": {}, "b": {"sampler": "euler"}}}
-    ).decides == {"sampler", "schedule"}
+    assert ExperimentSettings.model_validate({"arms": {"control": {}, "b": {"sampler": "euler"}}}).decides == {
+        "sampler",
+        "schedule",
+    }
 
 
 @pytest.mark.parametrize(

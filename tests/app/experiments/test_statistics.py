@@ -64,7 +64,9 @@ def test_uneven_arms_and_shares_of_pictures_are_covered_too():
     """Units whose numbers are shares, one arm with a third of the units, looked at as they come."""
     random = np.random.default_rng(3)
     to_control = random.random((EXPERIMENTS, 1500)) < 2 / 3
-    values = np.where(to_control, random.binomial(4, 0.3, to_control.shape), random.binomial(4, 0.4, to_control.shape)) / 4
+    values = (
+        np.where(to_control, random.binomial(4, 0.3, to_control.shape), random.binomial(4, 0.4, to_control.shape)) / 4
+    )
     a, b = to_control.cumsum(1), (~to_control).cumsum(1)
     s, t = (values * to_control).cumsum(1), (values * ~to_control).cumsum(1)
     assert (evidence(a, s, b, t, 0.1) >= -math.log(0.05)).any(1).mean() <= 0.05
@@ -72,9 +74,7 @@ def test_uneven_arms_and_shares_of_pictures_are_covered_too():
 
 def test_a_difference_is_found():
     random = np.random.default_rng(4)
-    found = [
-        difference(sums(random.binomial(1, 0.3, 2000)), sums(random.binomial(1, 0.4, 2000))) for _ in range(50)
-    ]
+    found = [difference(sums(random.binomial(1, 0.3, 2000)), sums(random.binomial(1, 0.4, 2000))) for _ in range(50)]
     assert np.mean([one.always.low > 0 for one in found]) > 0.95
     assert np.mean([one.p_value < 0.05 for one in found]) > 0.95
 
@@ -108,12 +108,13 @@ def edge_cases() -> Iterator[tuple[Sums, Sums]]:
     for total in (0.0, 1.0):
         for other in (0.0, 1.0):
             for units in (1, 1000):
-                yield Sums(units=1, total=total, squares=total), Sums(
-                    units=units, total=other * units, squares=other * units
+                yield (
+                    Sums(units=1, total=total, squares=total),
+                    Sums(units=units, total=other * units, squares=other * units),
                 )
 
 
-@pytest.mark.parametrize(("control", "arm"), edge_cases(), ids=str)
+@pytest.mark.parametrize(("control", "arm"), list(edge_cases()), ids=str)
 def test_few_units_and_none_that_differ_are_no_trouble(control: Sums, arm: Sums):
     found = difference(control, arm)
     assert -1 <= found.always.low <= found.estimate <= found.always.high <= 1
