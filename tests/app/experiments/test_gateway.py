@@ -281,7 +281,6 @@ async def test_feedback_is_counted_by_unit_and_reported(house: House, client: ht
 async def test_feedback_is_refused_for_what_is_not_ones_own(house: House, client: httpx2.AsyncClient):
     house.offer(bigger=BIGGER)
     mine, outside = (await draw(client, "ada")).json(), (await draw(client, None)).json()
-    strange = ("0" * 32, outside["id"], "\0")
     async with await house.client() as other:
         answers = [
             await one.post("/v1/feedback", json={"id": id, "outcome": "kept"})

@@ -58,8 +58,8 @@ HOLDINGS = {
     ),
     "0007": (
         "INSERT INTO exposures (id, experiment, arm, assigned, version, unit, shadow, owner, model, created_at,"
-        " engine_s) VALUES ('0192f0c2a1b37c4d8e5f60718293a4b7', 'steps', 'fast', 'fast', 'v1', 'u', false, 'ada', 'sd15', 1e9,"
-        " 0.5)",
+        " engine_s) VALUES ('0192f0c2a1b37c4d8e5f60718293a4b7', 'steps', 'fast', 'fast', 'v1', 'u', false, 'ada',"
+        " 'sd15', 1e9, 0.5)",
         "INSERT INTO outcomes (id, outcome, value, created_at)"
         " VALUES ('0192f0c2a1b37c4d8e5f60718293a4b7', 'kept', 1, 1e9)",
     ),
