@@ -26,7 +26,7 @@ def list_experiments(address: Address = ADDRESS) -> None:
         told = experiment["name"] if experiment["enabled"] else f"{experiment['name']} (off)"
         first = (told, experiment["unit"], f"{experiment['share']:g}")
         for name, arm in experiment["arms"].items():
-            state = "shadow" if arm["shadow"] else arm["state"]["state"]
+            state = "shadow" if arm["shadow"] else arm["rail"]["state"]
             parameters = ", ".join(f"{key}={value}" for key, value in arm["parameters"].items())
             table.add_row(*first, name, f"{arm['weight']:g}", state, parameters)
             first = ("", "", "")

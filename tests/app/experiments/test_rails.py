@@ -78,6 +78,7 @@ def test_one_slow_drawing_among_many_is_no_reason(rails: Rails):
 
 def test_errors_do_not_count_as_slow_and_slowness_not_as_errors(rails: Rails):
     assert note(rails, SLOW, *[True] * 20) == "on"
+    rails.keep(set())
     assert note(rails, ERRORS, *[False] * 50, seconds=99.0) == "on"
 
 

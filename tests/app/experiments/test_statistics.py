@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import betabinom, binom, ttest_ind
 
-from app.experiments.statistics import Interval, difference, evidence, mismatch, quantiles
+from app.experiments.statistics import Interval, difference, evidence, mismatch, quantiles, welch
 from app.experiments.store import Sums
 
 EXPERIMENTS = 400
@@ -34,11 +34,9 @@ TRUTHS = [(0.5, 0.5), (0.1, 0.15), (0.3, 0.2)]
 def test_the_interval_of_one_look_covers_the_truth_at_its_rate(control: float, arm: float):
     random = np.random.default_rng(1)
     found = [
-        difference(sums(random.binomial(1, control, 400)), sums(random.binomial(1, arm, 300)))
-        for _ in range(EXPERIMENTS)
+        welch(sums(random.binomial(1, control, 400)), sums(random.binomial(1, arm, 300))) for _ in range(EXPERIMENTS)
     ]
-    assert within(np.mean([covers(one.once, arm - control) for one in found]), 0.95)
-    assert np.mean([covers(one.always, arm - control) for one in found]) > 0.985  # wider: it has to hold at every look
+    assert within(np.mean([covers(one, arm - control) for one in found]), 0.95)
 
 
 @pytest.mark.parametrize(("control", "arm"), [*TRUTHS, (0.01, 0.01)], ids=str)
@@ -74,7 +72,7 @@ def test_uneven_arms_and_shares_of_pictures_are_covered_too():
 
 def test_a_difference_is_found():
     random = np.random.default_rng(4)
-    found = [difference(sums(random.binomial(1, 0.3, 2000)), sums(random.binomial(1, 0.4, 2000))) for _ in range(50)]
+    found = [difference(sums(random.binomial(1, 0.3, 2000)), sums(random.binomial(1, 0.4, 2000))) for _ in range(20)]
     assert np.mean([one.always.low > 0 for one in found]) > 0.95
     assert np.mean([one.p_value < 0.05 for one in found]) > 0.95
 
