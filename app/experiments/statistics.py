@@ -62,7 +62,8 @@ def difference(control: Sums, arm: Sums, confidence: float = CONFIDENCE) -> Diff
 
     low, high = (_edge(is_in, estimate, outside) for outside in (-1.0, 1.0))
     p_value = min(1.0, math.exp(-float(evidence(a, s, b, t, 0.0))))
-    return Difference(estimate=estimate, once=welch(control, arm, confidence), always=Interval(low, high), p_value=p_value)
+    once = welch(control, arm, confidence)
+    return Difference(estimate=estimate, once=once, always=Interval(low, high), p_value=p_value)
 
 
 def evidence(a: Numbers, s: Numbers, b: Numbers, t: Numbers, delta: Numbers) -> Numbers:
@@ -80,7 +81,8 @@ def evidence(a: Numbers, s: Numbers, b: Numbers, t: Numbers, delta: Numbers) -> 
     p = _likeliest(a, s, b, t, delta)
     q = np.clip(p + delta, 0.0, 1.0)
     mixtures = betaln(1 + s, 1 + a - s) + betaln(1 + t, 1 + b - t)
-    return mixtures - (xlogy(s, p) + xlog1py(a - s, -p) + xlogy(t, q) + xlog1py(b - t, -q))
+    with np.errstate(divide="ignore"):  # where a mean of 0 or 1 is impossible, the evidence against it is infinite
+        return mixtures - (xlogy(s, p) + xlog1py(a - s, -p) + xlogy(t, q) + xlog1py(b - t, -q))
 
 
 def mismatch(units: Sequence[int], weights: Sequence[float]) -> float:
