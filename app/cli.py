@@ -287,7 +287,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def batch(context: typer.Context) -> None:
-    """Draw a file of prompts with engines on Ray, into a folder or a bucket; options go to `python -m cluster.batch`."""
+    """Draw a file of prompts with engines on Ray, into a folder or a bucket, as `python -m cluster.batch` does."""
     os.execv(sys.executable, [sys.executable, "-m", "cluster.batch", *context.args])
 
 

@@ -1,7 +1,7 @@
 """Actor: what Ray Data runs for a batch job, an engine in a process of its own.
 
-Several blocks are in an actor at a time, each in a thread that waits: the engine has all their rows, so its steps are as
-full at a block's end as in its middle.
+Several blocks are in an actor at a time, each in a thread that waits: the engine has all their rows, so its steps are
+as full at a block's end as in its middle.
 """
 
 from dataclasses import dataclass

@@ -179,7 +179,7 @@ def batch(
     s3_endpoint: Annotated[str | None, typer.Option(help="An S3 server other than Amazon's.")] = None,
     s3_region: Annotated[str | None, typer.Option(help="The region of the bucket.")] = None,
 ) -> None:
-    """Draw every row of a file, and write a manifest. Ended at any moment, the same command does only what is missing."""
+    """Draw every row of a file, and write a manifest. The same command, said again, does only what is missing."""
     chosen, described = _model(config, model)
     most = max_actors or actors
     cpus = num_cpus or (1.0 if num_gpus else max(1.0, settings.cores() // most))

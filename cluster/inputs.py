@@ -1,4 +1,4 @@
-"""The pictures that rows of a batch job name: files in the input's folder, and addresses through the guarded fetcher."""
+"""The pictures that rows of a batch job name: files in the input's folder, addresses through the guarded fetcher."""
 
 import asyncio
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The manifest of a batch job: which row has come to what. It makes the job one that can be killed and taken up again.
 
-`job.json` says what the job is, and is written first. Whenever some rows are done, a part of the manifest is written, at
-once or not at all, after their pictures: what stands in a part is not drawn again. In the end the parts become
+`job.json` says what the job is, and is written first. Whenever some rows are done, a part of the manifest is written,
+at once or not at all, after their pictures: what stands in a part is not drawn again. In the end the parts become
 `manifest.parquet`. Ray Data's own checkpoints know rows that left through a sink of its own: neither how a row failed
 nor which pictures it brought, which would need a second record beside them.
 """

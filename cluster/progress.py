@@ -17,9 +17,9 @@ class Telling:
         self._console, self._total, self._done = console, total, done
         self._before, self._began, self._told = done, time.monotonic(), time.monotonic()
         self.pictures = self.errors = 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        times = (TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-        self._bar = Progress(*columns, *times, console=console, disable=not console.is_terminal)
+        counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*counts, *times, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("rows", total=total, completed=done, rate="")
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Batches: what a dialect may ask of them. Each method acts for the current caller; an administrator sees everybody's."""
+"""Batches: what a dialect may ask of them. Each method acts for the current caller; an administrator sees all."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -94,7 +94,7 @@ class Batches:
         """One batch. Raises NotFound."""
         return await self._jobs.batch(id, owner())
 
-    async def list(self, after: str | None, limit: int) -> tuple[Sequence[Batch], bool]:
+    async def page(self, after: str | None, limit: int) -> tuple[Sequence[Batch], bool]:
         """The newest first, from the one after `after` on, and whether there are more. Raises NotFound."""
         found = await self._jobs.batches(owner(), after, limit)
         return found[:limit], len(found) > limit

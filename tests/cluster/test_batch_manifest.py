@@ -1,4 +1,4 @@
-"""The manifest of a batch job, in a folder and in buckets of real S3 servers: whose it is, and how its parts become one."""
+"""The manifest of a batch job, in a folder and on real S3 servers: whose it is, and how its parts become one."""
 
 import uuid
 from pathlib import Path

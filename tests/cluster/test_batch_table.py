@@ -156,7 +156,8 @@ def test_pictures_are_read_below_the_inputs_folder_alone(tmp_path: Path):
     read = pictures.read(body)
     assert (read["image"], read["controls"][0]["image"], read["prompt"]) == (b"inside", b"inside", "a")
     assert pictures.read({"mask": "https://example.org/a.png"}) == {"mask": "https://example.org/a.png"}
-    for outside in ("../secret.png", "link.png", str(tmp_path / "secret.png"), "missing.png", "deep", "a\0b", "x" * 5000):
+    absolute = str(tmp_path / "secret.png")
+    for outside in ("../secret.png", "link.png", absolute, "missing.png", "deep", "a\0b", "x" * 5000):
         with pytest.raises(InvalidRequest, match=r"^init_image: "):
             pictures.read({"init_image": outside})
     (folder / "large.png").write_bytes(b"x" * 1025)

@@ -90,7 +90,7 @@ def _generate(values: dict[str, Any], default_model: str) -> tuple[GenerationReq
         raise InvalidRequest("priority", "must be batch, or left out, in a line of a batch")
     body = wire.validate(values | {"priority": "batch"}, GenerateBody)
     for field in links.found(body):
-        raise InvalidRequest(field, "must be base64 in a line of a batch: thousands of addresses are not fetched at once")
+        raise InvalidRequest(field, "must be base64 in a line of a batch, which may have thousands of them")
     return to_request(body, default_model), Delivery(response=body.response or "url", cache=body.cache)
 
 

@@ -133,7 +133,7 @@ async def _listed(jobs: Jobs, request: Request) -> Response:
             raise InvalidRequest(name, f"is no filter; there are: {', '.join(_LIST)}")
         if not value.isprintable():
             raise InvalidRequest(name, "must be printable")
-    found, more = await jobs.batches.list(asked.get("after"), wire.number("limit", asked.get("limit", "20")))
+    found, more = await jobs.batches.page(asked.get("after"), wire.number("limit", asked.get("limit", "20")))
     data = [form(batch) for batch in found]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return wire.json_response({"object": "list", "data": data, **ends, "has_more": more})
