@@ -77,13 +77,12 @@ class Batch:
         """
         check(self.input)
         manifest = Manifest(self.work.place())
-        manifest.begin(self._identity())
-        if not manifest.whole:
-            recorded = manifest.recorded()
-            missing = [row.columns() for row in rows(self.input) if row.number not in recorded]
+        recorded = manifest.recorded()
+        missing = [] if manifest.whole else [r.columns() for r in rows(self.input) if r.number not in recorded]
+        manifest.begin(self._identity())  # only now: an input that is refused claims no place
+        if missing:
             with Telling(len(recorded) + len(missing), len(recorded), self.console) as telling:
-                if missing:
-                    self._draw(missing, telling)
+                self._draw(missing, telling)
                 self.console.print(telling.line(), highlight=False, soft_wrap=True)
         manifest.finish()
         return manifest.counts()

@@ -127,7 +127,7 @@ async def test_a_file_is_a_forms_file_too(client: httpx2.AsyncClient):
         (json.dumps(LINE | {"image": "bm8="}), "lines.2.image"),
         (json.dumps(openai("a", IMAGES | {"size": "large"})), "lines.2.size"),
         (json.dumps(openai("a", IMAGES | {"size": "63x64"})), "lines.2.width"),
-        (json.dumps(openai("a", IMAGES | {"n": 0})), "lines.2.samples"),
+        (json.dumps(openai("a", IMAGES | {"n": 0})), "lines.2.n"),
         (json.dumps(openai("a", IMAGES | {"quality": "hd"})), "lines.2.quality"),
         (json.dumps(openai("a", IMAGES, "/v1/chat/completions")), "lines.2.url"),
         (json.dumps(openai("a", IMAGES) | {"method": "GET"}), "lines.2.method"),

@@ -97,12 +97,14 @@ def _generate(values: dict[str, Any], default_model: str) -> tuple[GenerationReq
 def _images(values: dict[str, Any], default_model: str) -> tuple[GenerationRequest, Delivery]:
     body = wire.validate(values, ImagesBody)
     width, height = _size(body.size)
+    samples = 1 if body.n is None else body.n
+    limits.SAMPLES.check("n", samples)
     request = GenerationRequest(
         model=body.model or default_model,
         prompt=body.prompt,
         width=width,
         height=height,
-        samples=1 if body.n is None else body.n,
+        samples=samples,
         output_format=canonical(body.output_format),
         priority="batch",
     )
