@@ -83,7 +83,7 @@ class Drawer:
                 records.append(_failed(row, envelope(error)["error"]))
         while drawings:
             number, event = self._next(heard)
-            if isinstance(event, Finished | Failed):
+            if number in drawings and isinstance(event, Finished | Failed):
                 records += self._heard(drawings, number, event, heard)
         return records
 

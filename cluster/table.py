@@ -158,7 +158,7 @@ def _parquet(path: Path) -> Iterator[Columns | HeliographError]:
             for batch in file.iter_batches(BATCH_ROWS):
                 for values in batch.to_pylist():
                     yield _parsed_values(values)
-    except (pa.ArrowException, OSError) as malformed:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as malformed:
         raise InvalidRequest("input", f"{path} is not Parquet: {malformed}") from malformed
 
 
@@ -208,9 +208,13 @@ def _encoded(word: bytes, before: int) -> bytes:
 
 
 def _check_columns(names: Iterable[str]) -> None:
-    unknown = [name for name in names if name not in FIELDS]
-    if unknown:
-        raise _unknown(unknown[0])
+    seen: set[str] = set()
+    for name in names:
+        if name not in FIELDS:
+            raise _unknown(name)
+        if name in seen:
+            raise InvalidRequest(name, "is the name of two columns")
+        seen.add(name)
 
 
 def _unknown(name: str) -> InvalidRequest:

@@ -17,6 +17,9 @@ from models.errors import InvalidRequest
 BODY = {"prompt": "a red circle, large", "steps": 4, "guidance_scale": 6.5, "hires": {"scale": 2.0}}
 
 
+WRONG = [("a.txt", ""), ("a.csv", "prompt,promt\na,b\n"), ("b.csv", "prompt,prompt\na,b\n"), ("a.parquet", "no")]
+
+
 def jsonl(folder: Path, *lines: Any) -> list[Row]:
     path = folder / "rows.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
@@ -95,7 +98,7 @@ def test_nobody_can_take_an_id_that_is_given(tmp_path: Path):
     assert own.error is None
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.txt", ""), ("a.csv", "prompt,promt\na,b\n"), ("a.parquet", "no")])
+@pytest.mark.parametrize(("name", "text"), WRONG)
 def test_a_file_that_is_wrong_as_a_whole_is_refused(tmp_path: Path, name: str, text: str):
     path = tmp_path / name
     path.write_text(text)
