@@ -30,7 +30,7 @@ from models.errors import HeliographError, InvalidRequest
 
 CALLS = 4  # blocks that an actor works on at a time
 MOST_TASKS = 4096  # that Ray Data is given: beyond, each has several blocks, which an actor takes one after another
-RESTARTS = 4  # of an actor, and of what it was working on, after which the job ends
+STILL_S = 1800.0  # without a block done, after which the job ends: Ray starts an actor that dies again without end
 
 # What pictures depend on: a job that goes on with others of these would be two jobs.
 _OF_PICTURES = {
@@ -98,6 +98,7 @@ class Batch:
         """Runs the rows through the pool of actors."""
         settings.set_ray_environment()
         import ray
+        from ray.data.exceptions import ExecutionTimeoutError
         from ray.exceptions import RayError
 
         pool = self.pool
@@ -108,7 +109,7 @@ class Batch:
         try:
             for told in self._told(missing):
                 telling.add(*(sum(told[name]) for name in ("rows", "pictures", "errors")))
-        except RayError as fault:
+        except (RayError, ExecutionTimeoutError) as fault:
             raise Stopped(f"the job ended before it was done: {_reason(fault)}. The same command goes on") from fault
         finally:
             ray.shutdown()
@@ -119,7 +120,9 @@ class Batch:
 
         pool = self.pool
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.raise_original_map_exception = True
+        context.execution_no_progress_timeout_s = STILL_S
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         size = pool.block * math.ceil(len(missing) / pool.block / MOST_TASKS)
         table = pa.Table.from_pylist(missing)
@@ -137,8 +140,6 @@ class Batch:
             ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
         )
         for told in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield told.to_pydict()
