@@ -183,7 +183,7 @@ def _record(drawing: _Drawing, picture: Finished, path: str) -> Record:
 
 
 def _failed(row: Row, error: Mapping[str, Any]) -> Record:
-    return {name: None for name in SCHEMA.names} | {
+    return dict.fromkeys(SCHEMA.names) | {
         "number": row.number,
         "id": row.id,
         "index": 0,

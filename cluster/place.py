@@ -24,7 +24,7 @@ class Place:
     """
 
     def __init__(self, output: str, endpoint: str | None = None, region: str | None = None):
-        """`endpoint` is a server other than Amazon's. Credentials come from the environment, AWS_ACCESS_KEY_ID and so on."""
+        """`endpoint` is a server other than Amazon's. Credentials come from the environment (AWS_ACCESS_KEY_ID)."""
         self.output = output
         self._store = _bucket(output, endpoint, region) if output.startswith(S3) else _folder(Path(output))
 

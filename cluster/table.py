@@ -223,9 +223,7 @@ def _unknown(name: str) -> InvalidRequest:
 
 def _check_type(name: str, kind: pa.DataType) -> None:
     """Raises InvalidRequest for a column of what JSON does not have."""
-    if pa.types.is_dictionary(kind):
-        _check_type(name, kind.value_type)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         _check_type(name, kind.value_type)
     elif pa.types.is_struct(kind):
         for part in kind:

@@ -101,8 +101,9 @@ class Batches:
 
     async def cancel(self, id: str) -> Batch:
         """Ends what waits, has stopped what runs; what is finished stays. Raises NotFound."""
-        while await self._jobs.cancel_lines(id, owner()):
-            await asyncio.sleep(0)
+        more = True
+        while more:
+            more = await self._jobs.cancel_lines(id, owner())
         return await self.get(id)
 
     async def finished_lines(self, id: str) -> AsyncGenerator[Line, None]:
