@@ -141,7 +141,8 @@ class Batch:
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
         )
-        for told in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for told in blocks:
             yield told.to_pydict()
 
 

@@ -167,18 +167,18 @@ async def _rows(connection: AsyncConnection, batch: str, lines: Sequence[NewLine
 
 
 async def _counted(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Batch]:
-    times = func.min(jobs.c.started_at), func.max(jobs.c.finished_at)
-    query = select(jobs.c.batch, jobs.c.state, func.count(), *times)
+    times = func.min(jobs.c.started_at).label("started"), func.max(jobs.c.finished_at).label("finished")
+    query = select(jobs.c.batch, jobs.c.state, func.count().label("jobs"), *times)
     ids = [row.id for row in rows]
     grouped = query.where(LINE, jobs.c.batch.in_(ids)).group_by(jobs.c.batch, jobs.c.state)
-    found = (await connection.execute(grouped)).all()
-    return [_batch(row, [counted for counted in found if counted[0] == row.id]) for row in rows]
+    found: Sequence[Any] = (await connection.execute(grouped)).all()
+    return [_batch(row, [counted for counted in found if counted.batch == row.id]) for row in rows]
 
 
-def _batch(row: Row[Any], counted: Sequence[Row[Any]]) -> Batch:
-    counts = {State(state): count for _, state, count, *_ in counted}
-    started = [started for *_, started, _ in counted if started is not None]
-    finished = [finished for *_, finished in counted if finished is not None]
+def _batch(row: Row[Any], counted: Sequence[Any]) -> Batch:
+    counts = {State(one.state): one.jobs for one in counted}
+    started = [one.started for one in counted if one.started is not None]
+    finished = [one.finished for one in counted if one.finished is not None]
     batch = Batch(**row._mapping, counts=counts, started_at=min(started, default=None))
     return replace(batch, finished_at=max(finished)) if finished and batch.finished else batch
 
