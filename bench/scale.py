@@ -27,7 +27,7 @@ TIMES = {
     PACED: {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02},
     FREE: {"forward_s": 0.0, "row_s": 0.0, "picture_s": 0.0},
 }
-MAX_ROWS = 8
+SETTINGS = {"max_rows": 8, "defaults": {"max_pixels": 1024 * 1024}}
 STEPS = (16, 18, 20, 22, 24)  # in turn, so that pictures do not come in waves
 PER_REPLICA = 8  # clients in the closed loop: twice what shares a forward
 SHARE = 0.7  # of what the closed loop gave is what arrives in the open one
@@ -83,7 +83,7 @@ WHOLE = Plan(
     closed_s=14.0,
     open_s=14.0,
 )
-SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=2.0, closed_s=6.0, open_s=4.0)
+SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=3.0, closed_s=6.0, open_s=4.0)
 
 
 def environment(profile: str) -> dict[str, str]:
@@ -146,7 +146,7 @@ async def measure(plan: Plan, cases: list[Case], say: Say) -> None:
     """Adds to the cases what each profile does, as it becomes known."""
     for name, sizes in plan.sizes.items():
         say(f"{name}: starting")
-        async with Fleet(TIMES, environment(name), max_rows=MAX_ROWS) as fleet:
+        async with Fleet(TIMES, environment(name), **SETTINGS) as fleet:
             async with Crowd(fleet.address, Meter(fleet.pid)) as crowd:
                 profile = Profile(name=name, plan=plan, fleet=fleet, crowd=crowd, cases=cases, say=say)
                 await profile.gateways()
