@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -32,6 +33,7 @@ STEPS = (16, 18, 20, 22, 24)  # in turn, so that pictures do not come in waves
 PER_REPLICA = 8  # clients in the closed loop: twice what shares a forward
 SHARE = 0.7  # of what the closed loop gave is what arrives in the open one
 CLIENTS = 16  # of the gateways
+ROOM = 0.9  # of the free memory that new replicas may take: where it is full, Ray ends them
 DEFAULT, HAPROXY = "default", "HAProxy"
 Say = Callable[[str], None]
 
@@ -124,8 +126,12 @@ class Profile:
         await self.fleet.count(f"model-{FREE}", 1)
 
     async def replicas(self, sizes: tuple[int, ...]) -> None:
-        """Replicas of the model that takes time, behind one gateway."""
+        """Replicas of the model that takes time, behind one gateway; as many as the memory has room for."""
+        running = 1
         for size in sizes:
+            if not has_room(size - running, self.cases[-1].mib):
+                return
+            running = size
             self.say(f"{self.name}, replicas {size}: starting")
             await self.fleet.count(f"model-{PACED}", size)
             self.say(f"{self.name}, replicas {size}: {CLOSED}")
@@ -140,6 +146,11 @@ class Profile:
         mib = max(replica_mib(self.fleet.pid))
         case = Case(profile=self.name, gateways=gateways, replicas=replicas, load=load, reading=reading, mib=mib)
         self.cases.append(case)
+
+
+def has_room(replicas: int, mib: float) -> bool:
+    """Whether the memory that is free takes so many replicas more."""
+    return replicas * mib * 2**20 < ROOM * psutil.virtual_memory().available
 
 
 async def measure(plan: Plan, cases: list[Case], say: Say) -> None:
@@ -173,7 +184,7 @@ def main(
         finally:  # what was measured before a fault is worth keeping
             write(out / "scale.json", cases, machine)
         progress.update(task, description="done", completed=len(cases))
-    told = [*facts(cases, machine.cores), f"Machine: {machine}."]
+    told = [*facts(cases, machine.cores), *left_out(plan, cases), f"Machine: {machine}."]
     told.append(f"Command: `{' '.join(['python -m bench.scale', *sys.argv[1:]])}`.")
     if machine.busy:
         told.append("The machine was busy with something else: these figures are not worth keeping.")
@@ -182,6 +193,13 @@ def main(
     console.print(*told, sep="\n", highlight=False)
     if publish:
         readme.publish("scale", "\n\n".join([*(sheet.markdown() for sheet in sheets(cases)), *told]))
+
+
+def left_out(plan: Plan, cases: list[Case]) -> list[str]:
+    """What of the plan the memory had no room for."""
+    tried = {(case.profile, case.replicas) for case in cases if case.load == CLOSED}
+    missing = [(name, size) for name, sizes in plan.sizes.items() for size in sizes if (name, size) not in tried]
+    return [f"{name}: the memory has no room for {size} replicas." for name, size in missing]
 
 
 def write(file: Path, cases: list[Case], machine: Machine) -> None:
