@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,11 +28,12 @@ TIMES = {
     PACED: {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02},
     FREE: {"forward_s": 0.0, "row_s": 0.0, "picture_s": 0.0},
 }
-MAX_ROWS = 8
+SETTINGS = {"max_rows": 8, "defaults": {"max_pixels": 1024 * 1024}}
 STEPS = (16, 18, 20, 22, 24)  # in turn, so that pictures do not come in waves
 PER_REPLICA = 8  # clients in the closed loop: twice what shares a forward
 SHARE = 0.7  # of what the closed loop gave is what arrives in the open one
 CLIENTS = 16  # of the gateways
+ROOM = 0.9  # of the free memory that new replicas may take: where it is full, Ray ends them
 DEFAULT, HAPROXY = "default", "HAProxy"
 Say = Callable[[str], None]
 
@@ -83,7 +85,7 @@ WHOLE = Plan(
     closed_s=14.0,
     open_s=14.0,
 )
-SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=2.0, closed_s=6.0, open_s=4.0)
+SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=3.0, closed_s=6.0, open_s=4.0)
 
 
 def environment(profile: str) -> dict[str, str]:
@@ -124,8 +126,12 @@ class Profile:
         await self.fleet.count(f"model-{FREE}", 1)
 
     async def replicas(self, sizes: tuple[int, ...]) -> None:
-        """Replicas of the model that takes time, behind one gateway."""
+        """Replicas of the model that takes time, behind one gateway; as many as the memory has room for."""
+        running = 1
         for size in sizes:
+            if not has_room(size - running, self.cases[-1].mib):
+                return
+            running = size
             self.say(f"{self.name}, replicas {size}: starting")
             await self.fleet.count(f"model-{PACED}", size)
             self.say(f"{self.name}, replicas {size}: {CLOSED}")
@@ -142,11 +148,16 @@ class Profile:
         self.cases.append(case)
 
 
+def has_room(replicas: int, mib: float) -> bool:
+    """Whether the memory that is free takes so many replicas more."""
+    return replicas * mib * 2**20 < ROOM * psutil.virtual_memory().available
+
+
 async def measure(plan: Plan, cases: list[Case], say: Say) -> None:
     """Adds to the cases what each profile does, as it becomes known."""
     for name, sizes in plan.sizes.items():
         say(f"{name}: starting")
-        async with Fleet(TIMES, environment(name), max_rows=MAX_ROWS) as fleet:
+        async with Fleet(TIMES, environment(name), **SETTINGS) as fleet:
             async with Crowd(fleet.address, Meter(fleet.pid)) as crowd:
                 profile = Profile(name=name, plan=plan, fleet=fleet, crowd=crowd, cases=cases, say=say)
                 await profile.gateways()
@@ -173,7 +184,7 @@ def main(
         finally:  # what was measured before a fault is worth keeping
             write(out / "scale.json", cases, machine)
         progress.update(task, description="done", completed=len(cases))
-    told = [*facts(cases, machine.cores), f"Machine: {machine}."]
+    told = [*facts(cases, machine.cores), *left_out(plan, cases), f"Machine: {machine}."]
     told.append(f"Command: `{' '.join(['python -m bench.scale', *sys.argv[1:]])}`.")
     if machine.busy:
         told.append("The machine was busy with something else: these figures are not worth keeping.")
@@ -182,6 +193,13 @@ def main(
     console.print(*told, sep="\n", highlight=False)
     if publish:
         readme.publish("scale", "\n\n".join([*(sheet.markdown() for sheet in sheets(cases)), *told]))
+
+
+def left_out(plan: Plan, cases: list[Case]) -> list[str]:
+    """What of the plan the memory had no room for."""
+    tried = {(case.profile, case.replicas) for case in cases if case.load == CLOSED}
+    missing = [(name, size) for name, sizes in plan.sizes.items() for size in sizes if (name, size) not in tried]
+    return [f"{name}: the memory has no room for {size} replicas." for name, size in missing]
 
 
 def write(file: Path, cases: list[Case], machine: Machine) -> None:

@@ -21,7 +21,7 @@ from bench.crowd import Crowd, Reading, quantile_ms
 from bench.fleet import Fleet
 from bench.machine import Machine
 from bench.processes import Meter, Usage
-from bench.scale import DEFAULT, FREE, MAX_ROWS, QUERIES, SHORT, TIMES, Profile, write
+from bench.scale import DEFAULT, FREE, QUERIES, SETTINGS, SHORT, TIMES, Profile, has_room, left_out, write
 from bench.scaling import CLOSED, OPEN, Case, efficiency, facts, sheets
 from bench.serving import PROJECT
 from bench.simulation import SIMULATED_IMPORT, real, simulated
@@ -129,7 +129,7 @@ def test_a_simulated_family_takes_the_time_that_it_is_given():
 async def run_short(cases: list[Case]) -> bytes:
     """Measures two replicas. Gives one of the free model's pictures."""
     async with (
-        Fleet(TIMES, max_rows=MAX_ROWS) as fleet,
+        Fleet(TIMES, **SETTINGS) as fleet,
         Crowd(fleet.address, Meter(fleet.pid)) as crowd,
         httpx2.AsyncClient(base_url=fleet.address, timeout=60) as client,
     ):
@@ -161,3 +161,10 @@ def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
     assert all(case.mib > 100 for case in cases)
     assert len(json.loads((tmp_path / "scale.json").read_text())["cases"]) == len(cases) == SHORT.readings
     assert [sheet.rows for sheet in sheets(cases)]
+
+
+def test_more_replicas_than_the_memory_holds_are_told_and_not_started():
+    free_mib = psutil.virtual_memory().available / 2**20
+    assert has_room(2, free_mib / 10)
+    assert not has_room(2, free_mib)
+    assert left_out(SHORT, [case(CLOSED, 1, 2.0)]) == ["default: the memory has no room for 2 replicas."]
