@@ -21,7 +21,6 @@ from models.errors import InvalidRequest, Unavailable
 
 TRIES = 6
 SILENCE_S = 60.0  # without a byte; then the connection counts as lost
-CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class Hub:
             if answer.status_code != 206:  # a server that knows no ranges gives it from the beginning
                 there = 0
             with to.open("ab" if there else "wb") as out:
-                for chunk in answer.iter_raw(CHUNK_BYTES):
+                for chunk in answer.iter_raw():
                     out.write(chunk)
                     there += len(chunk)
                     if there > file.bytes:
