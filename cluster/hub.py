@@ -65,15 +65,14 @@ class Hub:
         """
         address = hf_hub_url(model, file.path, revision=commit, endpoint=self._endpoint)
         to.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(TRIES):
+        for attempt in range(1, TRIES + 1):
             try:
                 self._go_on(address, file, to, on_bytes)
                 return
             except httpx2.HTTPError as error:
-                fault = error
-            if attempt + 1 < TRIES:
-                time.sleep(2.0**attempt / 4)
-        raise Unavailable(60.0, f"{address} does not come: {fault}") from fault
+                if attempt == TRIES:
+                    raise Unavailable(60.0, f"{address} does not come: {error}") from error
+            time.sleep(2.0**attempt / 8)
 
     def _go_on(self, address: str, file: RemoteFile, to: Path, on_bytes: Callable[[int], None]) -> None:
         there = to.stat().st_size if to.exists() else 0

@@ -25,8 +25,8 @@ FAULTS: Mapping[str, Fault] = {
     "head": restart_the_head,
 }
 CONFIG = PROJECT / "cluster" / "serve_gpu.yaml"
-# The kind of GPU of each worker, and how many: either of the first two has room for all that the other runs.
-Workers = Mapping[str, tuple[str, int]]
+Workers = Mapping[str, tuple[str, int]]  # the kind of GPU of each, and how many
+# Either of the first two has room for all that the other runs.
 WORKERS: Workers = {"a": ("L4", 2), "b": ("L4", 2), "c": ("L40S", 1)}
 REPLICAS = {"sd15": 2, "sdxl": 1}
 
