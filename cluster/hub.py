@@ -21,7 +21,6 @@ from models.errors import InvalidRequest, Unavailable
 
 TRIES = 6
 SILENCE_S = 60.0  # without a byte; then the connection counts as lost
-CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +65,14 @@ class Hub:
         """
         address = hf_hub_url(model, file.path, revision=commit, endpoint=self._endpoint)
         to.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(TRIES):
+        for attempt in range(1, TRIES + 1):
             try:
                 self._go_on(address, file, to, on_bytes)
                 return
             except httpx2.HTTPError as error:
-                fault = error
-            if attempt + 1 < TRIES:
-                time.sleep(2.0**attempt / 4)
-        raise Unavailable(60.0, f"{address} does not come: {fault}") from fault
+                if attempt == TRIES:
+                    raise Unavailable(60.0, f"{address} does not come: {error}") from error
+            time.sleep(2.0**attempt / 8)
 
     def _go_on(self, address: str, file: RemoteFile, to: Path, on_bytes: Callable[[int], None]) -> None:
         there = to.stat().st_size if to.exists() else 0
@@ -88,7 +86,7 @@ class Hub:
             if answer.status_code != 206:  # a server that knows no ranges gives it from the beginning
                 there = 0
             with to.open("ab" if there else "wb") as out:
-                for chunk in answer.iter_raw(CHUNK_BYTES):
+                for chunk in answer.iter_raw():
                     out.write(chunk)
                     there += len(chunk)
                     if there > file.bytes:

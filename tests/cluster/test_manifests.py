@@ -1,5 +1,6 @@
 """The cluster's files against the schemas of those who read them, and against each other."""
 
+import io
 import json
 import os
 import re
@@ -143,13 +144,16 @@ def test_only_this_machine_reaches_the_ports():
 # The image
 
 
+def image() -> DockerfileParser:
+    return DockerfileParser(fileobj=io.BytesIO((CLUSTER / "Dockerfile").read_bytes()))
+
+
 def test_the_image_sets_what_the_server_sets():
-    parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
-    assert dict(RAY_ENVIRONMENT).items() <= dict(parser.envs).items()
+    assert dict(RAY_ENVIRONMENT).items() <= dict(image().envs).items()
 
 
 def test_the_image_runs_as_nobody_special_and_tells_how_it_is():
-    parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
+    parser = image()
     last = {step["instruction"]: step["value"] for step in parser.structure}
     assert last["USER"] == "1000:1000"
     assert "local_raylet_healthz" in last["HEALTHCHECK"]
@@ -158,8 +162,7 @@ def test_the_image_runs_as_nobody_special_and_tells_how_it_is():
 
 
 def test_the_image_gets_what_it_copies():
-    parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
-    copied = [step["value"].split()[:-1] for step in parser.structure if step["instruction"] == "COPY"]
+    copied = [step["value"].split()[:-1] for step in image().structure if step["instruction"] == "COPY"]
     sources = [source for words in copied if not words[0].startswith("--from") for source in words]
     let_through = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     assert {f"!{source}" for source in sources} == {line for line in let_through if line.startswith("!")}

@@ -1,6 +1,7 @@
 """`python -m tests.nodes`: everything that may befall a cluster, each thing once, under load."""
 
 import asyncio
+import signal
 import sys
 from typing import Annotated
 
@@ -24,6 +25,7 @@ def main(
     unknown = set(fault or ()) - FAULTS.keys()
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: must be one of {', '.join(FAULTS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it wants the nodes gone as well
     if composed:
         asyncio.run(draw_and_work())
         return

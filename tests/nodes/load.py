@@ -82,7 +82,9 @@ class Load:
         """Returns when each model has given so many more answers."""
         wanted = {model: self._count(model) + count for model in self._models}
         async with asyncio.timeout(TIMEOUT_S):
-            while any(self._count(model) < wanted[model] for model in self._models):
+            while True:
+                if all(self._count(model) >= wanted[model] for model in self._models):
+                    return
                 await asyncio.sleep(0.05)
 
     def _count(self, model: str) -> int:

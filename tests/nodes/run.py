@@ -25,14 +25,16 @@ FAULTS: Mapping[str, Fault] = {
     "head": restart_the_head,
 }
 CONFIG = PROJECT / "cluster" / "serve_gpu.yaml"
-# The kind of GPU of each worker, and how many: either of the first two has room for all that the other runs.
-WORKERS = {"a": ("L4", 2), "b": ("L4", 2), "c": ("L40S", 1)}
+Workers = Mapping[str, tuple[str, int]]  # the kind of GPU of each, and how many
+# Either of the first two has room for all that the other runs.
+WORKERS: Workers = {"a": ("L4", 2), "b": ("L4", 2), "c": ("L40S", 1)}
 REPLICAS = {"sd15": 2, "sdxl": 1}
 
 
 async def run(
     faults: Sequence[str],
     replicas: Mapping[str, int] = REPLICAS,
+    workers: Workers = WORKERS,
     clients: int = 2,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Span]:
@@ -40,19 +42,19 @@ async def run(
     async with Cluster(environment) as cluster:
         await cluster.start_head()
         system = System(cluster, small(CONFIG, cluster.folder, free_port(), replicas), replicas)
-        await start_missing(cluster)
+        await start_missing(cluster, workers)
         await system.deploy()
         load = Load(system.address, tuple(replicas), clients)
-        stage = Stage(cluster, system, load, partial(start_missing, cluster))
+        stage = Stage(cluster, system, load, partial(start_missing, cluster, workers))
         spans = {}
         for name in faults:
             spans[name] = await FAULTS[name](stage)
-            await start_missing(cluster)
+            await start_missing(cluster, workers)
         return spans
 
 
-async def start_missing(cluster: Cluster) -> None:
+async def start_missing(cluster: Cluster, workers: Workers) -> None:
     """Starts the workers that do not run."""
-    for name, (gpu, gpus) in WORKERS.items():
+    for name, (gpu, gpus) in workers.items():
         if name not in cluster.names or not cluster.processes(name):
             await cluster.start_worker(name, f"ray.io/accelerator-type={gpu}", gpus)

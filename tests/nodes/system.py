@@ -76,7 +76,9 @@ class System:
     async def until_left(self, model: str, node: str) -> None:
         """Waits until no replica of the model is on the node, not even one that still finishes a request."""
         async with asyncio.timeout(READY_TIMEOUT_S):
-            while any(replica.node == node for replica in await self._placed(f"model-{model}")):
+            while True:
+                if all(replica.node != node for replica in await self._placed(f"model-{model}")):
+                    return
                 await asyncio.sleep(LOOK_S)
 
     async def _is_whole(self, also: Callable[[Replica], bool]) -> bool:
