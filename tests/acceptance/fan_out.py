@@ -25,7 +25,8 @@ class FanOut:
         async def draw(seed: int) -> int:
             request = GenerationRequest(model=MODEL, prompt="a red circle", steps=1, seed=seed).resolve(card)
             calls = handle.generate.remote(request, False, uuid.uuid4().hex, hint=Hint.of(request))
-            return [event.seed async for event in calls if isinstance(event, Finished)][0]
+            seeds = [event.seed async for event in calls if isinstance(event, Finished)]  # to the end of the stream
+            return seeds.pop()
 
         return list(await asyncio.gather(*map(draw, range(int(http.query_params["calls"])))))
 
