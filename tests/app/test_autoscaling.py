@@ -204,7 +204,7 @@ class Fleet:
 
 
 def configured(**options: Any) -> AutoscalingConfig:
-    defaults = {"min_replicas": 1, "max_replicas": 16, "upscale_delay_s": 2, "downscale_delay_s": 60}
+    defaults: dict[str, Any] = {"min_replicas": 1, "max_replicas": 16, "upscale_delay_s": 2, "downscale_delay_s": 60}
     return AutoscalingConfig(**defaults | {"look_back_period_s": 15} | options)
 
 
