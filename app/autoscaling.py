@@ -51,8 +51,8 @@ def _freshest(context: "AutoscalingContext", name: str) -> Mapping[Any, float]:
 
 
 def _in_use(context: "AutoscalingContext") -> float:
-    """Replicas' worth of throughput that was in use over the window. The mean, whatever Serve's own `aggregation_function`
-    makes of requests."""
+    """Replicas' worth of throughput that was in use over the window: the mean, whatever Serve's own
+    `aggregation_function` makes of requests."""
     series = (context.raw_metrics or {}).get("busy", {})
     return sum(sum(point.value for point in points) / len(points) for points in series.values() if points)
 

@@ -159,7 +159,6 @@ class Deployment(Strict):
             if CatalogueSettings.model_validate(runner.user_config(RUNNER_DEPLOYMENT)) != self.catalogue:
                 raise ValueError(f"{runner.name} and the gateway must have the same user_config; share it by an anchor")
 
-
     def _check_policies(self) -> None:
         """What Serve hands to our policy is found wrong here, and not in its controller."""
         for application in self.applications:

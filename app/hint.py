@@ -14,6 +14,9 @@ class Party(NamedTuple):
     batch: bool
 
 
+NOBODY = Party("", False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hint:
     """`work` is in row positions (models/work.py). A replica is warm for the request where it has lately put these
@@ -22,7 +25,7 @@ class Hint:
     work: float = 0.0
     loras: tuple[str, ...] = ()
     size: str = ""
-    party: Party = Party("", False)
+    party: Party = NOBODY
     urgent: bool = False
 
     @classmethod

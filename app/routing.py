@@ -106,7 +106,9 @@ class WorkRouter(RequestRouter):
         self._lobby = Lobby()
         self._hold_s = math.inf
 
-    def initialize_state(self, hold_s: float | None = None) -> None:
+    def initialize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hold_s: float | None = None
+    ) -> None:
         """Serve calls it with `request_router_kwargs`."""
         self._hold_s = math.inf if hold_s is None else hold_s
 

@@ -83,7 +83,8 @@ class ModelSettings(Strict):
         default="work", description="how one of several replicas is chosen: by work and warmth, or as Serve does"
     )
     hold_s: Positive | None = Field(
-        default=None, description="seconds of work that a replica has before more waits for another; for several replicas"
+        default=None,
+        description="seconds of work that a replica has before more waits for another; for several replicas",
     )
     controlnets: dict[Name, str] = Field(default_factory=dict, description="name -> folder or .safetensors file")
     preprocessors: dict[Literal["depth", "pose"], str] = Field(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -46,7 +47,9 @@ def _panel(canvas: ImageDraw.ImageDraw, panel: Panel, top: int, seconds: float) 
         value = most * line / LINES
         canvas.line([place(0, value), place(seconds, value)], fill=RULE)
         canvas.text((LEFT - 8, place(0, value)[1]), f"{value:g}", fill=INK, font=font, anchor="rm")
-        canvas.text(place(seconds * line / LINES, 0), f"{seconds * line / LINES:.0f} s", fill=INK, font=font, anchor="mt")
+        canvas.text(
+            place(seconds * line / LINES, 0), f"{seconds * line / LINES:.0f} s", fill=INK, font=font, anchor="mt"
+        )
     canvas.text((LEFT, top + 8), panel.title, fill=INK, font=font)
     right = WIDTH - RIGHT
     for (name, points), colour in zip(panel.series.items(), COLOURS, strict=False):
@@ -61,7 +64,7 @@ def _panel(canvas: ImageDraw.ImageDraw, panel: Panel, top: int, seconds: float) 
 def _corners(points: Points) -> list[tuple[float, float]]:
     """A line that keeps each value until the next."""
     corners = list(points[:1])
-    for (_, before), (x, y) in zip(points, points[1:], strict=False):
+    for (_, before), (x, y) in pairwise(points):
         corners += [(x, before), (x, y)]
     return corners
 

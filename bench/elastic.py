@@ -89,10 +89,15 @@ def configuration(folder: Path, contender: Contender) -> dict[str, Any]:
     del gateway["args"]["jobs"]
     settings = {"max_rows": MAX_ROWS, "max_waiting": 1000, "threads": 1, **contender.args}
     model["args"] = {key: model["args"][key] for key in ("name", "family", "source")} | settings
-    model["deployments"][0]["autoscaling_config"] = {"min_replicas": 0, "max_replicas": MOST, **DELAYS, **contender.scaling}
+    model["deployments"][0]["autoscaling_config"] = {
+        "min_replicas": 0,
+        "max_replicas": MOST,
+        **DELAYS,
+        **contender.scaling,
+    }
     offered = {"models": [model["args"]], "default_model": MODEL}
     gateway["deployments"][0]["user_config"] = json.loads(json.dumps(offered))  # the model's own args get seconds below
-    return simulated(shipped | {"applications": [model, gateway]}, **SECONDS)
+    return simulated(shipped | {"applications": [model, gateway]}, {MODEL: SECONDS})
 
 
 async def measure(contender: Contender, arrivals: Sequence[Arrival], done: Callable[[], None]) -> Result:
@@ -100,16 +105,18 @@ async def measure(contender: Contender, arrivals: Sequence[Arrival], done: Calla
     counts: list[Count] = []
     with tempfile.TemporaryDirectory(prefix="heliograph-elastic-") as name:
         folder, program = Path(name), ("-m", "bench.simulation", "--environment", "RAY_AUTH_MODE=disabled")
-        async with Serving(folder, lambda _: configuration(folder, contender), program=program) as serving:
-            async with httpx2.AsyncClient(base_url=await serving.dashboard(), timeout=10) as dashboard:
-                await _asleep(dashboard)  # it has drawn a first picture, for /readyz
-                since = time.monotonic()
-                watching = asyncio.create_task(watch(dashboard, APPLICATION, since, counts.append))
-                answers = await replay(serving.address, arrivals, done)
-                await _asleep(dashboard)
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
-                counts.append(await count(dashboard, APPLICATION, since))
+        async with (
+            Serving(folder, lambda _: configuration(folder, contender), program=program) as serving,
+            httpx2.AsyncClient(base_url=await serving.dashboard(), timeout=10) as dashboard,
+        ):
+            await _asleep(dashboard)  # it has drawn a first picture, for /readyz
+            since = time.monotonic()
+            watching = asyncio.create_task(watch(dashboard, APPLICATION, since, counts.append))
+            answers = await replay(serving.address, arrivals, done)
+            await _asleep(dashboard)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            counts.append(await count(dashboard, APPLICATION, since))
     return Result(contender=contender.name, answers=answers, counts=counts)
 
 
@@ -125,7 +132,18 @@ async def _asleep(dashboard: httpx2.AsyncClient) -> None:
 def sheet_of(results: Sequence[Result]) -> Sheet:
     """One line for each contender, in seconds."""
     kinds = [f"{share} of {steps} steps" for steps in (SHORT, LONG) for share in ("p50", "p95")]
-    columns = ["seconds", "wait p50", "wait p95", "p50", "p95", *kinds, "first", "replicas", "replica-seconds", "failed"]
+    columns = [
+        "seconds",
+        "wait p50",
+        "wait p95",
+        "p50",
+        "p95",
+        *kinds,
+        "first",
+        "replicas",
+        "replica-seconds",
+        "failed",
+    ]
     return Sheet(title="A load that rises, holds and stops", columns=columns, rows=[_row(result) for result in results])
 
 
@@ -162,7 +180,9 @@ def chart(shape: Shape, results: Sequence[Result], path: Path) -> None:
     load = [(second, shape.rate(second) if second < shape.seconds else 0.0) for second in seconds]
     panels = [
         Panel(title="requests a second", series={"load": load}),
-        Panel(title="replicas", series={r.contender: [(c.at_s, c.running) for c in r.counts] for r in results}, steps=True),
+        Panel(
+            title="replicas", series={r.contender: [(c.at_s, c.running) for c in r.counts] for r in results}, steps=True
+        ),
         Panel(title=f"p95 of waits, in windows of {WINDOW_S:.0f} s", series={r.contender: _waits(r) for r in results}),
     ]
     draw(panels, path)
@@ -219,14 +239,12 @@ def main(
         readme.publish("elastic", "\n\n".join([sheet.markdown(), picture, *facts]))
 
 
-def _facts(
-    arrivals: Sequence[Arrival], shape: Shape, drain: str, hold: str, target: float, machine: Any
-) -> list[str]:
+def _facts(arrivals: Sequence[Arrival], shape: Shape, drain: str, hold: str, target: float, machine: Any) -> list[str]:
     delays = ", ".join(f"{name} {value}" for name, value in DELAYS.items())
     return [
         f"{len(arrivals)} requests, half of {SHORT} and half of {LONG} steps, at most {shape.peak:g} a second; 0 to "
-        f"{MOST} replicas, {delays}. By work: WorkPolicy with {drain}, WorkRouter with {hold}. By requests: Serve's default "
-        f"policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
+        f"{MOST} replicas, {delays}. By work: WorkPolicy with {drain}, WorkRouter with {hold}. By requests: Serve's "
+        f"default policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
         f"{SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows.",
         "Wait: all of a request's time that was not work on it. First: the first request's, which wakes the model. "
         "Replica-seconds count replicas that load or stop, too.",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import httpx2
 
@@ -28,9 +29,7 @@ async def count(dashboard: httpx2.AsyncClient, application: str, since: float = 
     return Count(at_s=time.monotonic() - since, running=states.count("RUNNING"), held=len(states))
 
 
-async def watch(
-    dashboard: httpx2.AsyncClient, application: str, since: float, heard: Callable[[Count], None]
-) -> None:
+async def watch(dashboard: httpx2.AsyncClient, application: str, since: float, heard: Callable[[Count], None]) -> None:
     """Tells the count twice a second until it is cancelled; a dashboard that is busy is asked again."""
     while True:
         with suppress(httpx2.HTTPError):
@@ -40,5 +39,5 @@ async def watch(
 
 def replica_seconds(counts: Sequence[Count]) -> float:
     """What was held, over the time that was watched."""
-    pairs = zip(counts, counts[1:], strict=False)
+    pairs = pairwise(counts)
     return sum(before.held * (after.at_s - before.at_s) for before, after in pairs)

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from typing import Any
 
 from ray import serve
 from starlette.requests import Request
@@ -20,12 +21,13 @@ class FanOut:
         """The seeds of as many pictures as `?calls=` says, in the order of the calls."""
         card = ModelSettings(name=MODEL, source=str(PROJECT / "models" / "embedded" / MODEL)).card()
         name = MODEL_APPLICATION.format(name=MODEL)
-        handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=name).options(stream=True)
+        handle: Any = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=name).options(stream=True)
 
         async def draw(seed: int) -> int:
             request = GenerationRequest(model=MODEL, prompt="a red circle", steps=1, seed=seed).resolve(card)
             calls = handle.generate.remote(request, False, uuid.uuid4().hex, hint=Hint.of(request))
-            return [event.seed async for event in calls if isinstance(event, Finished)][0]
+            seeds = [event.seed async for event in calls if isinstance(event, Finished)]  # to the end of the stream
+            return seeds.pop()
 
         return list(await asyncio.gather(*map(draw, range(int(http.query_params["calls"])))))
 

@@ -35,9 +35,12 @@ def test_other_models_and_models_that_are_awake_are_not_concerned():
     admission = Admission(max_cold_wait_s=1.0)
     awake(admission)
     awake(admission, "sdxl")
-    with admission.place("sd15", 100.0, asleep=True):
-        with admission.place("sdxl", 100.0, asleep=True), admission.place("sd15", 100.0, asleep=False):
-            pass
+    with (
+        admission.place("sd15", 100.0, asleep=True),
+        admission.place("sdxl", 100.0, asleep=True),
+        admission.place("sd15", 100.0, asleep=False),
+    ):
+        pass
 
 
 def test_what_an_engine_has_taken_on_waits_here_no_longer():

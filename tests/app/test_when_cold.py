@@ -102,7 +102,9 @@ async def test_what_does_not_go_with_it_is_refused_whether_the_model_sleeps_or_n
         answer = await client.post("/v1/generate", json=DRAW | {"async": "when_warm"})
         refused(answer, 422, "async")
         assert "true, false or when_cold" in answer.text
-        refused(await client.post("/v1/img2img", files={"image": PNG}, data={"prompt": "x", "async": "1"}), 422, "async")
+        refused(
+            await client.post("/v1/img2img", files={"image": PNG}, data={"prompt": "x", "async": "1"}), 422, "async"
+        )
 
 
 async def test_a_server_that_keeps_no_jobs_says_so_before_anybody_waits(router: MemoryRouter):
