@@ -37,7 +37,7 @@ _GATEWAY = serve.deployment(
 _MODEL = serve.deployment(
     name=MODEL_DEPLOYMENT,
     # Above what an engine lets wait and run, so that the engine refuses (429) before Serve hides requests in a queue.
-    max_ongoing_requests=256,
+    max_ongoing_requests=2000,
     max_queued_requests=256,  # those that wait for a replica to wake
     health_check_period_s=2,
     health_check_timeout_s=20,

@@ -34,8 +34,11 @@ class Model:
         self._origins = await asyncio.get_running_loop().run_in_executor(None, origins, settings, self._engine)
         self._upscaler = UpscalerRoute()
 
-    async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
+    async def generate(
+        self, request: EffectiveRequest, progress: bool, id: str, key: str = ""
+    ) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
+        `key` says whose it is.
 
         Progress comes only where `progress` asks for it, since each event costs a millisecond on its way.
 
@@ -50,7 +53,7 @@ class Model:
         def submit() -> Origin:
             origin = self._origins.of(Needs.of(request))
             on_event = partial(loop.call_soon_threadsafe, chain.put)
-            self._engine.submit(chain.first, on_event, progress=progress, id=id)
+            self._engine.submit(chain.first, on_event, progress=progress, id=id, key=key)
             return origin
 
         # A sampler's first use compiles it, for up to a quarter of a second: not on the loop that others share.
@@ -103,6 +106,8 @@ class Model:
             "running": load.running,
             "rows": load.rows,
             "forwards": load.forwards,
+            "work_left": load.work_left,
+            "seconds_per_work": load.seconds_per_work,
             "seconds_left": load.seconds_left,
         }
 
@@ -213,7 +218,13 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
             preprocessors=settings.located_preprocessors,
             lora_bytes=settings.lora_cache_mib * 2**20,
         )
-        engine = Engine(family, settings.card(), max_waiting=settings.max_waiting, adapters=adapters)
+        engine = Engine(
+            family,
+            settings.card(),
+            max_waiting=settings.max_waiting,
+            max_wait_s=settings.max_wait_s,
+            adapters=adapters,
+        )
         if warm_up:
             engine.warm_up(settings.max_rows)
         return engine

@@ -21,6 +21,7 @@ from ray.util import list_named_actors
 from app import endings
 from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.running import Running
 from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
@@ -150,7 +151,7 @@ class Router:
                 handle = await self._handle(model)
             accepted = running.accepted
             sent = running.request
-            response = handle.generate.remote(sent, progress, id)
+            response = handle.generate.remote(sent, progress, id, current.get().id)
             while True:
                 async with running.patience():
                     event = await anext(response, None)

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from app.events import Admitted, Ending, ReplicaEvent
-from models.errors import Cancelled, GenerationFailed
+from models.admission import TRUST
+from models.errors import Cancelled, DeadlineTooShort, GenerationFailed
 from models.events import Failed, Finished, Progress
 from models.limits import DEADLINE_S
 from models.request import EffectiveRequest
@@ -71,7 +72,14 @@ class Running:
         return not isinstance(event, Failed) and event.index in self._delivered
 
     def told(self, event: ReplicaEvent, sent: EffectiveRequest) -> ReplicaEvent:
-        """The event, where a replica was sent less than what was asked for as well: it knows of no early end."""
+        """The event, where a replica was sent less than what was asked for as well.
+
+        It knows of no early end; nor of the time that was lost before, which is not the caller's mistake.
+        """
+        asked_s = self._request.deadline_s
+        refused = event.error if isinstance(event, Failed) else None
+        if isinstance(refused, DeadlineTooShort) and asked_s is not None and asked_s >= TRUST * refused.least_s:
+            return Failed(error=GenerationFailed("deadline", "the pictures could not be finished in time any more"))
         if (
             isinstance(event, Finished)
             and event.stop_at_step is None

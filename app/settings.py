@@ -79,7 +79,8 @@ class ModelSettings(Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     offload: bool = False
     threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
-    max_waiting: int = Field(default=64, ge=1, description="pictures that may wait before new ones get 429")
+    max_waiting: int = Field(default=256, ge=1, description="pictures that may wait before new ones get 429")
+    max_wait_s: Positive = 120.0  # seconds of work that may be there before new requests get 429
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     lora_cache_mib: int = Field(default=2048, ge=1, description="memory for LoRAs that are loaded")

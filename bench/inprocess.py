@@ -19,7 +19,7 @@ from models.events import Event, Failed, Finished
 from models.registered import Adapters
 from models.request import GenerationRequest
 
-MAX_WAITING = 100_000  # nobody is refused in a benchmark
+MAX_WAITING, MAX_WAIT_S = 100_000, 1e6  # nobody is refused in a benchmark
 ROWS = 2  # of a picture with guidance, in each of its steps
 
 

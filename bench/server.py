@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx2
 import yaml
 
-from bench.inprocess import MAX_WAITING
+from bench.inprocess import MAX_WAIT_S, MAX_WAITING
 from bench.serving import PROJECT, Serving
 from bench.workloads import MODEL
 from models.request import GenerationRequest
@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, threads: int, **settings: Any):
         """`settings` are those of the model that differ from the repository's."""
-        self._settings = {"threads": threads, "max_waiting": MAX_WAITING} | settings
+        self._settings = {"threads": threads, "max_waiting": MAX_WAITING, "max_wait_s": MAX_WAIT_S} | settings
 
     async def __aenter__(self) -> Self:
         # Ended from outside, this process must stop what it has started; ray's own handler for the signal would not.

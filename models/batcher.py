@@ -1,38 +1,19 @@
-"""Who shares the next forward: the most urgent, and then everyone compatible who fits under a measured cap."""
+"""Who shares the next forward: the most urgent, and then everyone compatible who fits under a measured cap.
+
+Where several keys have work alive, they take turns to lead, and do not slow each other down too far: models.turns.
+"""
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
 
-Shape = tuple[int, int, int]
-
-
-class Candidate(Protocol):
-    """What the batcher looks at: the latents' shape, the rows it would take, and its urgency (smaller is first)."""
-
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def urgency(self) -> tuple[bool, float]: ...
-
-
-C = TypeVar("C", bound=Candidate)
-
-
-def knee(seconds: dict[int, float], worth: float = 0.1) -> int:
-    """The smallest row count whose rows per second come within `worth` of the best; a bigger batch only delays.
-
-    `seconds` maps a row count to the seconds one forward of so many rows takes.
-    """
-    best = max(rows / time for rows, time in seconds.items())
-    return min(rows for rows, time in seconds.items() if rows / time >= (1 - worth) * best)
+from models.pace import Pace
+from models.turns import C, Shape, Turns
 
 
 class Batcher:
     """Chooses batches under caps in rows, one per latent shape; a shape never measured is judged by its area."""
 
-    def __init__(self, default_cap: int = 16):
+    def __init__(self, pace: Pace | None = None, default_cap: int = 16):
+        self._turns = Turns(pace or Pace())
         self._default_cap = default_cap
         self._caps: dict[Shape, int] = {}
 
@@ -50,17 +31,8 @@ class Batcher:
         self._caps[shape] = max(1, rows)
 
     def next(self, candidates: Iterable[C]) -> list[C]:
-        """The next batch; empty where there is no candidate. The most urgent one is always in it."""
-        ordered = sorted(candidates, key=lambda candidate: candidate.urgency)
-        if not ordered:
-            return []
-        room = self.cap(ordered[0].shape)
-        batch: list[C] = []
-        for candidate in ordered:
-            if candidate.shape == ordered[0].shape and (candidate.rows <= room or not batch):
-                batch.append(candidate)
-                room -= candidate.rows
-        return batch
+        """The next batch; empty where there is no candidate. One is in it in any case."""
+        return self._turns.next(candidates, self.cap)
 
 
 def _area(shape: Shape) -> int:

@@ -1,6 +1,7 @@
 """From finished latents to encoded pictures: decoded a few at a time between steps, packed in threads of their own."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,8 @@ from models.autoencoder import Autoencoder, to_bytes
 from models.errors import GenerationFailed
 from models.events import Finished, Timings
 from models.images import encode
-from models.sequence import NEVER, Sequence
+from models.sequence import Sequence
+from models.work import NEVER
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
 
@@ -32,13 +34,14 @@ class Delivery:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
 
     def take(self) -> list[Sequence]:
-        """The next few to decode together: one shape, and no more than would hold up the steps."""
+        """The next few to decode together: one shape, and no more than would hold up the steps. Keys take turns."""
         if not self.queue:
             return []
-        first = self.queue[0]
+        queue = _in_turns(self.queue)
+        first = queue[0]
         pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
         room = max(1, self._pixels // pixels)
-        taken = [sequence for sequence in self.queue if sequence.shape == first.shape][:room]
+        taken = [sequence for sequence in queue if sequence.shape == first.shape][:room]
         self.queue = [sequence for sequence in self.queue if sequence not in taken]
         return taken
 
@@ -60,6 +63,16 @@ class Delivery:
             self._on_packed(sequence, failed)
         except Exception as fault:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
+
+
+def _in_turns(queue: list[Sequence]) -> list[Sequence]:
+    """Every key's first, then every key's second, and so on."""
+    seen: Counter[str] = Counter()
+    ranked: list[tuple[int, Sequence]] = []
+    for sequence in queue:
+        ranked.append((seen[sequence.key], sequence))
+        seen[sequence.key] += 1
+    return [sequence for _, sequence in sorted(ranked, key=lambda one: one[0])]
 
 
 def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finished:

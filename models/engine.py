@@ -12,8 +12,10 @@ from functools import partial
 
 import torch
 
+from models import admission
+from models.admission import Bounds, Claim
 from models.aside import aside
-from models.batcher import Batcher, knee
+from models.batcher import Batcher
 from models.card import ModelCard
 from models.delivery import Delivery
 from models.denoiser import Denoiser
@@ -21,6 +23,9 @@ from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidR
 from models.events import Event, Failed, Finished, Progress
 from models.family import Family
 from models.images import encode_preview
+from models.load import Load
+from models.measuring import forward_s, knee, seconds_by_rows
+from models.pace import Pace
 from models.preparation import Preparation
 from models.registered import Adapters
 from models.request import GenerationRequest, warm_up_request
@@ -33,66 +38,66 @@ _JOINING = 8  # newcomers whose prompts are encoded before one step
 _PREVIEW_SIDE = 256  # pixels that a preview has at most
 _FAULTS = 3  # unexpected failures in a row that make an engine unhealthy
 _STALL_S = 120.0  # busy without a step for so long means stuck
-_ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # tried when the cap is measured
-_ALWAYS_TRIED = 16  # rows: on a busy machine one slow forward would pass for the end of what pays
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """How busy an engine is. `seconds_left` estimates when all that it holds now will be done."""
-
-    waiting: int
-    running: int
-    rows: int
-    forwards: int
-    seconds_left: float
 
 
 @dataclass(kw_only=True)
 class _Ticket:
-    """A submitted request: who is told, of how much, which pictures are still to come, how many are being prepared."""
+    """A submitted request: who is told, of how much, which pictures are still to come; what it takes up, until it is
+    prepared, when its sequences tell."""
 
     on_event: OnEvent
     progress: bool
     preview_every: int
     pending: set[int]
-    preparing: int
+    claim: Claim
+    prepared: bool = False
 
 
 class Engine:
     """One model on one device. `submit` and `cancel` may be called from any thread; one thread at a time steps."""
 
-    def __init__(self, family: Family, card: ModelCard, *, max_waiting: int = 64, adapters: Adapters | None = None):
+    def __init__(
+        self,
+        family: Family,
+        card: ModelCard,
+        *,
+        max_waiting: int = 256,
+        max_wait_s: float = math.inf,
+        adapters: Adapters | None = None,
+    ):
         _check_tasks(family, card)
         self.family = family
         self.card = card
         self.revision = family.revision
-        self.batcher = Batcher()
+        self.pace = Pace()
+        self.batcher = Batcher(self.pace)
         self._autoencoder = family.autoencoder
         adapters = adapters or Adapters(family)
         self._preparation = Preparation(family, adapters)
         self._denoiser = Denoiser(family, adapters.loras)
         self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
-        self._max_waiting = max_waiting
+        self._bounds = Bounds(max_waiting=max_waiting, max_wait_s=max_wait_s)
         self._lock = threading.Condition()  # guards the next three
         self._tickets: dict[str, _Ticket] = {}
         self._live: list[Sequence] = []
         self._closed = False
         self._thread: threading.Thread | None = None
         self._forwards = 0
-        self._seconds_per_work = 0.0  # work is rows times latent positions
         self._faults = 0
         self._turned = time.monotonic()
         self._stepped: list[tuple[Sequence, int]] = []  # in this turn, and the rows that shared the forward
 
     # What callers do
 
-    def submit(self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str = "") -> str:
-        """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted.
+    def submit(
+        self, request: GenerationRequest, on_event: OnEvent, *, progress: bool = True, id: str = "", key: str = ""
+    ) -> str:
+        """Takes a request on; `on_event` hears of it from the engine's threads, of Progress only where wanted. `key`
+        says whose it is: keys share the engine fairly (models.turns).
 
         Gives the id that `cancel` and `accept` know it by: the one handed in, which no other request has, or a new one.
-        Raises Overloaded when `max_waiting` pictures would wait, before anything is prepared; InvalidRequest, NotFound
+        Raises Overloaded and DeadlineTooShort (models.admission) before anything is prepared; InvalidRequest, NotFound
         and GenerationFailed for what cannot be prepared.
         """
         submitted = time.monotonic()
@@ -105,33 +110,35 @@ class Engine:
             progress=progress,
             preview_every=effective.preview_every,
             pending=set(range(effective.samples)),
-            preparing=effective.samples,
+            claim=Claim.of(effective, key, submitted),
         )
         self._admit(ticket_id, ticket)
         try:
-            sequences = aside(lambda: self._preparation.sequences(effective, ticket_id, submitted))
+            sequences = aside(lambda: self._preparation.sequences(effective, ticket_id, submitted, key))
         except BaseException:
             self.cancel(ticket_id)
             raise
         with self._lock:
-            ticket.preparing = 0
+            ticket.prepared = True
             self._live += sequences  # where the ticket has gone meanwhile, they leave before the next step
             self._lock.notify()
         return ticket_id
 
     def _admit(self, ticket_id: str, ticket: _Ticket) -> None:
         with self._lock:
-            waiting = self._waiting()
             if self._closed:
                 raise Overloaded(5.0, "this engine is shutting down")
-            if waiting + ticket.preparing > self._max_waiting:
-                raise Overloaded(max(1.0, self._seconds_left()), f"{waiting} pictures wait already")
+            admission.check(ticket.claim, self._held(), self._bounds, self.pace)
             self._tickets[ticket_id] = ticket
 
-    def _waiting(self) -> int:
-        """Pictures that have not begun, those that are being prepared among them; under the lock."""
-        preparing = sum(ticket.preparing for ticket in self._tickets.values())
-        return preparing + sum(sequence.history is None for sequence in self._live)
+    def _held(self) -> list[Claim]:
+        """What all requests take up that are here; under the lock."""
+        here: dict[str, list[Sequence]] = {ticket_id: [] for ticket_id in self._tickets}
+        for sequence in (*self._live, *self._delivery.queue):
+            if sequence.ticket in here:
+                here[sequence.ticket].append(sequence)
+        tickets = self._tickets.items()
+        return [t.claim.left(here[ticket_id]) if t.prepared else t.claim for ticket_id, t in tickets]
 
     def cancel(self, ticket_id: str) -> None:
         """The request leaves before the next step and nothing more is heard of it. Unknown ids are done already."""
@@ -147,12 +154,14 @@ class Engine:
 
     def load(self) -> Load:
         with self._lock:
+            held = self._held()
             return Load(
-                waiting=self._waiting(),
+                waiting=sum(claim.waiting for claim in held),
                 running=sum(s.history is not None for s in self._live) + len(self._delivery.queue),
                 rows=sum(sequence.rows for sequence in self._live),
                 forwards=self._forwards,
-                seconds_left=self._seconds_left(),
+                work_left=sum(claim.work for claim in held),
+                seconds_per_work=self.pace.seconds_per_work(sum(claim.breadth for claim in held)),
             )
 
     def healthy(self) -> str | None:
@@ -195,18 +204,23 @@ class Engine:
 
         Returns whether there was anything to do.
         """
+        started = time.monotonic()
         self._drop()
         self._stepped = []
         batch = self._next_batch()
-        self._attempt(self._preparation.join, [sequence for sequence in batch if sequence.history is None])
+        newcomers = [sequence for sequence in batch if sequence.history is None]
+        self._attempt(self._preparation.join, newcomers)
         joined = [sequence for sequence in batch if sequence.history is not None]
         self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
         for sequence, rows in self._stepped:  # each alone: who fails here has taken the step all the same
             self._attempt(partial(self._tell_progress, rows), [sequence])
+        breadth = sum(sequence.breadth for sequence, _ in self._stepped)
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
         decoding = self._delivery.take()
         self._attempt(self._delivery.decode, decoding)
         self._turned = time.monotonic()
+        beside = sum(s.stages[0].begin for s in newcomers) + sum(s.work for s in decoding)
+        self.pace.note(breadth, beside, self._turned - started)
         return bool(batch or decoding)
 
     def _run(self) -> None:
@@ -265,13 +279,10 @@ class Engine:
             self.batcher.set_cap(half[0].shape, sum(sequence.rows for sequence in half))
 
     def _denoise(self, batch: list[Sequence]) -> None:
-        started = time.monotonic()
         self._denoiser.step(batch)
         self._forwards += 1
         self._faults = 0
         rows = sum(sequence.rows for sequence in batch)
-        pace = (time.monotonic() - started) / (rows * math.prod(batch[0].shape[1:]))
-        self._seconds_per_work = 0.9 * self._seconds_per_work + 0.1 * pace if self._seconds_per_work else pace
         self._stepped += [(sequence, rows) for sequence in batch]
 
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
@@ -336,42 +347,16 @@ class Engine:
         self.submit(request, on_event, progress=False)
         return future
 
-    def _seconds_left(self) -> float:
-        return sum(sequence.work for sequence in self._live) * self._seconds_per_work
-
-    # Measuring
-
     def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture and measures the cap in rows at the native size, unless told it. Call it before stepping."""
+        """Draws a picture, measures the pace at the native size, and from it the cap in rows, unless told that. Call it
+        before stepping."""
         request = warm_up_request(self.card, steps=2)
         self.generate([request])
         [sequence] = self._preparation.sequences(request.resolve(self.card), "", time.monotonic())
-        self.batcher.set_cap(sequence.shape, cap or knee(self._measure()))
-
-    def _measure(self) -> dict[int, float]:
-        """Seconds of one forward by number of rows, up to where more rows no longer pay or memory ends."""
-        seconds: dict[int, float] = {}
-        for rows in _ROW_COUNTS:
-            try:
-                seconds[rows] = self._time_forward(rows)
-            except torch.OutOfMemoryError:
-                self._spare_memory([])
-                break
-            if rows >= _ALWAYS_TRIED and rows > knee(seconds):
-                break
-        return seconds
-
-    def _time_forward(self, rows: int) -> float:
-        """Seconds that a step of `rows` unguided pictures of the native size takes, the best of five."""
-        plain = warm_up_request(self.card, guidance_scale=1.0, steps=5).resolve(self.card)
-        sequences = [self._preparation.sequences(plain, "", time.monotonic())[0] for _ in range(rows)]
-        self._preparation.join(sequences)
-        seconds = []
-        for _ in range(5):
-            started = time.perf_counter()
-            self._denoiser.step(sequences).sum().item()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+        seconds = seconds_by_rows(partial(forward_s, self._preparation, self._denoiser, self.card), cap)
+        cap, row = cap or knee(seconds), sequence.breadth / sequence.rows
+        self.batcher.set_cap(sequence.shape, cap)
+        self.pace.learn({rows * row: s for rows, s in seconds.items()}, usual=sequence.breadth, full=cap * row)
 
 
 def host(make: Callable[[], Engine]) -> Engine:

@@ -2,6 +2,7 @@
 
 HeliographError
  ├── InvalidRequest     the caller's mistake: names the field and what is allowed
+ │    └── DeadlineTooShort   no engine could keep it: says what could be kept
  ├── NotFound           a name that is not registered: the message lists what is
  ├── Overloaded         no room now: says when to come back
  ├── Unavailable        something the server needs does not answer: says when to come back
@@ -40,6 +41,18 @@ class InvalidRequest(HeliographError):
     @property
     def message(self) -> str:
         return str(self.args[1])
+
+
+class DeadlineTooShort(InvalidRequest):
+    """The request takes longer than its deadline allows, also alone: give it `least_s` seconds or more."""
+
+    def __init__(self, field: str, message: str = "", least_s: float = 0.0):
+        super().__init__(field, message)
+        self.args = (*self.args, float(least_s))
+
+    @property
+    def least_s(self) -> float:
+        return float(self.args[2])
 
 
 class NotFound(HeliographError):

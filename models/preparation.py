@@ -16,8 +16,9 @@ from models.images import Picture
 from models.registered import Adapters
 from models.request import EffectiveRequest
 from models.script import Run
-from models.sequence import NEVER, Kept, Phase, Sequence
+from models.sequence import Kept, Phase, Sequence
 from models.tapes import Tape, Tapes
+from models.work import NEVER, Stage
 
 
 class Preparation:
@@ -30,8 +31,9 @@ class Preparation:
         self._tapes = Tapes(family.scheduler_config)
         self._conditioner = Conditioner(family, adapters.inversions, adapters.loras.encoding)
 
-    def sequences(self, request: EffectiveRequest, ticket: str, submitted: float) -> list[Sequence]:
-        """A request's pictures, still without tensors; `submitted` is when the request came, of time.monotonic().
+    def sequences(self, request: EffectiveRequest, ticket: str, submitted: float, key: str = "") -> list[Sequence]:
+        """A request's pictures, still without tensors; `submitted` is when the request came, of time.monotonic(), and
+        `key` whose it is.
 
         Raises InvalidRequest for a bad tape, mask, prompt or adapter, NotFound for one that is not registered, and
         GenerationFailed for one that does not fit into memory.
@@ -42,6 +44,7 @@ class Preparation:
         phases = tuple(self._steered(request, phase) for phase in phases)
         runs = [Run(phase.tape.steps, *self._size(phase)) for phase in phases]
         script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
+        stages = _stages(phases, len(script.lines))
         return [
             Sequence(
                 request=one,
@@ -49,9 +52,11 @@ class Preparation:
                 ticket=ticket,
                 phases=phases,
                 script=script,
+                stages=stages,
                 mix=mix,
                 generator=torch.Generator().manual_seed(one.seed),
                 submitted=submitted,
+                key=key,
                 deadline=math.inf if one.deadline_s is None else submitted + one.deadline_s,
                 stop=NEVER if one.stop_at_step is None else one.stop_at_step,
             )
@@ -183,6 +188,23 @@ class Preparation:
         elif sequence.request.mask_fill == "noise":
             clean = clean * (1 - mask) + sequence.noise().to(device) * mask
         return clean, noise
+
+
+def _stages(phases: tuple[Phase, ...], rows: int) -> tuple[Stage, ...]:
+    """The phases as work."""
+    stages: list[Stage] = []
+    for number, phase in enumerate(phases):
+        before = phases[number - 1].shape if phase.enlarge == "lanczos" else (0, 0, 0)
+        stage = Stage.of(
+            forwards=len(phase.tape),
+            rows=rows,
+            positions=phase.shape[1] * phase.shape[2],
+            controls=phase.controls,
+            shown=phase.picture is not None or phase.canvas is not None,
+            larger=before[1] * before[2],
+        )
+        stages.append(stage)
+    return tuple(stages)
 
 
 def _check_stop(request: EffectiveRequest, forwards: int) -> None:

@@ -34,13 +34,18 @@ _SPACED = ("default", "sgm_uniform")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One named solver: diffusers' class, A1111's name, the class's options, the schedules it allows, other names."""
+    """One named solver: diffusers' class, A1111's name, the class's options, the schedules it allows, other names.
+
+    It evaluates the network `order` times in each step but the last, in which it does once, and `extra` times besides.
+    """
 
     scheduler: str
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     schedules: tuple[str, ...] = _SIGMAS
     aliases: tuple[str, ...] = ()
+    order: int = 1
+    extra: int = 0
 
 
 _MULTISTEP = "DPMSolverMultistepScheduler"
@@ -53,7 +58,7 @@ SAMPLERS: Mapping[str, Sampler] = {
         schedules=_SPACED,
         aliases=("k_euler_a", "k_euler_ancestral", "euler ancestral"),
     ),
-    "heun": Sampler(scheduler="HeunDiscreteScheduler", label="Heun", aliases=("k_heun",)),
+    "heun": Sampler(scheduler="HeunDiscreteScheduler", label="Heun", aliases=("k_heun",), order=2),
     "lms": Sampler(scheduler="LMSDiscreteScheduler", label="LMS", aliases=("k_lms",)),
     "ddim": Sampler(scheduler="DDIMScheduler", label="DDIM", schedules=_SPACED),
     "ddpm": Sampler(scheduler="DDPMScheduler", label="DDPM", schedules=_SPACED),
@@ -63,6 +68,7 @@ SAMPLERS: Mapping[str, Sampler] = {
         options={"skip_prk_steps": True},
         schedules=_SPACED,
         aliases=("plms",),
+        extra=1,
     ),
     "dpmpp_2m": Sampler(
         scheduler=_MULTISTEP,
@@ -89,11 +95,12 @@ SAMPLERS: Mapping[str, Sampler] = {
         schedules=("default", "karras", "exponential", "beta"),
         aliases=("dpm++ 2s", "dpmsolversinglestep"),
     ),
-    "dpm2": Sampler(scheduler="KDPM2DiscreteScheduler", label="DPM2", aliases=("k_dpm_2", "dpm 2", "kdpm2")),
+    "dpm2": Sampler(scheduler="KDPM2DiscreteScheduler", label="DPM2", aliases=("k_dpm_2", "dpm 2", "kdpm2"), order=2),
     "dpm2_a": Sampler(
         scheduler="KDPM2AncestralDiscreteScheduler",
         label="DPM2 a",
         aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm2 ancestral"),
+        order=2,
     ),
     "unipc": Sampler(scheduler="UniPCMultistepScheduler", label="UniPC", aliases=("uni_pc",)),
     "deis": Sampler(scheduler="DEISMultistepScheduler", label="DEIS", options={"algorithm_type": "deis"}),
@@ -143,3 +150,11 @@ def check_pair(sampler: str, schedule: str) -> None:
     allowed = SAMPLERS[sampler].schedules
     if schedule not in allowed:
         raise InvalidRequest("schedule", f"{sampler} has no schedule {schedule!r}; one of: {', '.join(allowed)}")
+
+
+def evaluations(sampler: str, steps: int, denoise_strength: float | None = None) -> int:
+    """How many forwards a sampler takes: the length of its tape (models.tapes), told without compiling it."""
+    named = SAMPLERS[sampler]
+    done = steps if denoise_strength is None else min(int(steps * denoise_strength), steps)
+    extra = named.extra if steps > 1 else 0
+    return max(0, named.order * (done - 1) + 1 + extra)

@@ -15,10 +15,10 @@ from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.script import Script
 from models.tapes import HISTORY, Tape
+from models.turns import PATIENCE_S
+from models.work import NEVER, Stage, left
 
 SLOTS = 2 * HISTORY + 2
-PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody is overtaken for ever
-NEVER = 10**9  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Sequence:
     `history` (8, c, h, w) holds the last latents, newest first, then the last model outputs, of which slot 4 is free
     for the one to come. `estimate` (c, h, w) is the clean latents that the last step expected. `inputs` (k, h, w) is
     what the network sees beside the latents. `rows` is how many rows of a forward the image takes. The image is done
-    after `stop` forwards, if its tapes are not at their ends before. Times are of time.monotonic().
+    after `stop` forwards, if its tapes are not at their ends before. `stages` are the phases as work; `key` says whose
+    it is. Times are of time.monotonic().
     """
 
     request: EffectiveRequest
@@ -61,9 +62,11 @@ class Sequence:
     ticket: str
     phases: tuple[Phase, ...]
     script: Script
+    stages: tuple[Stage, ...]
     mix: Mix
     generator: torch.Generator
     submitted: float
+    key: str = ""
     deadline: float = math.inf
     stop: int = NEVER
     phase: int = 0
@@ -126,11 +129,15 @@ class Sequence:
         return self.stopped or self.phase + 1 == len(self.phases)
 
     @property
-    def work(self) -> int:
-        """Rows times latent positions times forwards that are still to come."""
-        left = [(len(phase.tape), phase.shape) for phase in self.phases[self.phase :]]
-        positions = sum(steps * shape[1] * shape[2] for steps, shape in left)
-        return self.rows * (positions - self.position * self.shape[1] * self.shape[2])
+    def work(self) -> float:
+        """What is still to come, in row positions (models.work)."""
+        begun = -1 if self.history is None else self.phase
+        return left(self.stages, begun, self.position, max(self.stop, self.step))
+
+    @property
+    def breadth(self) -> float:
+        """What its next forward costs, in row positions."""
+        return self.stages[self.phase].each
 
     @property
     def urgency(self) -> tuple[bool, float]:

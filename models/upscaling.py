@@ -17,10 +17,12 @@ class Upscaling:
     """What becomes of a picture: each side `scale` times as long.
 
     `noise_level` is how much noise the picture gets before the network sees it, where a request does not say; None
-    where it gets none ever. `defaults` are those of a model's card.
+    where it gets none ever. `defaults` are those of a model's card. A position of its latents stands for `factor`
+    pixels a side of what becomes of it.
     """
 
     scale: int
+    factor: int = 8
     noise_level: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,5 +58,7 @@ class Upscaling:
 # The defaults are those of diffusers' pipelines; for x2 they are its documentation's, without guidance.
 UPSCALING: Mapping[str, Upscaling] = {
     "sd_x2": Upscaling(scale=2, defaults={"steps": 20, "guidance_scale": 1.0, "sampler": "euler"}),
-    "sd_x4": Upscaling(scale=4, noise_level=20, defaults={"steps": 75, "guidance_scale": 9.0, "sampler": "ddim"}),
+    "sd_x4": Upscaling(
+        scale=4, factor=4, noise_level=20, defaults={"steps": 75, "guidance_scale": 9.0, "sampler": "ddim"}
+    ),
 }

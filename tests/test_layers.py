@@ -28,6 +28,7 @@ TORCH_FREE_MODELS = tuple(
     for name in (
         *("request", "limits", "parts", "errors", "card", "events", "samplers", "batcher", "canvas"),
         *("images", "decoding", "png", "exif", "infotext", "metadata", "document"),
+        *("work", "pace", "load", "turns", "admission"),
     )
 )
 TORCH_FREE_APP = tuple(
@@ -41,10 +42,13 @@ TORCH_FREE_APP = tuple(
 
 # Who stands above whom. A module imports what stands below it or beside it, never above; what is not named is free.
 MODELS_ORDER = (
-    ("models.request", "models.errors", "models.card", "models.events", "models.samplers", "models.images"),
+    (
+        *("models.request", "models.errors", "models.card", "models.events", "models.samplers", "models.images"),
+        *("models.work", "models.pace", "models.load"),
+    ),
     ("models.tapes", "models.conditioning"),
-    ("models.batcher", "models.denoiser", "models.sequence"),
-    ("models.preparation", "models.delivery"),
+    ("models.turns", "models.batcher", "models.denoiser", "models.sequence", "models.admission"),
+    ("models.preparation", "models.delivery", "models.measuring"),
     ("models.engine",),
 )
 APP_ORDER = (

@@ -19,7 +19,7 @@ from app.jobs.attempt import Attempt, Ended, NotNow
 from app.jobs.failures import FAULT, job_error
 from app.jobs.job import Claim, Job, Stale
 from app.jobs.store import JobStore
-from models.errors import GenerationFailed, HeliographError, Unavailable
+from models.errors import DeadlineTooShort, GenerationFailed, HeliographError, Unavailable
 
 COMMIT_PAUSE_S = 0.5  # between two tries to write an end down while the database is away
 REAPED_AT_ONCE, PRUNED_AT_ONCE = 100, 500
@@ -140,7 +140,7 @@ class Runner:
         except ReplicaDied as death:
             return partial(jobs.died, claim, job_error(death))
         except HeliographError as error:
-            if claim.job.deadline_at is not None and isinstance(error, GenerationFailed) and error.reason == "deadline":
+            if claim.job.deadline_at is not None and _too_late(error):
                 return partial(jobs.expire, claim)
             return partial(jobs.fail, claim, job_error(error), retry=is_retryable(error))
         except Exception:
@@ -194,6 +194,12 @@ class Runner:
         touched = PRUNED_AT_ONCE
         while touched >= PRUNED_AT_ONCE:
             touched = await self._jobs.prune(self._pace.keep_s, self._pace.forget_s, PRUNED_AT_ONCE)
+
+
+def _too_late(error: HeliographError) -> bool:
+    """Whether the deadline has passed, or will have before the job could be done."""
+    missed = isinstance(error, GenerationFailed) and error.reason == "deadline"
+    return missed or isinstance(error, DeadlineTooShort)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from app import ingress
 from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.service import AdapterDescription, Service
 from app.settings import GatewaySettings
@@ -52,6 +53,7 @@ class MemoryRouter:
 
     def __init__(self):
         self.requests: list[EffectiveRequest] = []
+        self.callers: list[str] = []
         self.upscales: list[Upscale] = []
         self.drawn_from = ORIGIN
         self.states: dict[str, ModelState] = dict.fromkeys(CARDS, "ready")
@@ -79,6 +81,7 @@ class MemoryRouter:
 
     async def generate(self, request: EffectiveRequest, progress: bool, id: str) -> AsyncGenerator[ReplicaEvent, None]:
         self.requests.append(request)
+        self.callers.append(current.get().id)
         self.running[id] = "running"
         try:
             if self.refusal:

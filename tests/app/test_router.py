@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from app import endings
 from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
+from app.keys.caller import Caller, Limits, current
 from app.router import Router, UpscalerRoute, _state
-from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
-from models.events import Finished, Progress
+from models.errors import Cancelled, DeadlineTooShort, GenerationFailed, HeliographError, Overloaded
+from models.events import Failed, Finished, Progress
 from models.parts import Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, ORIGIN, TIMINGS
@@ -72,11 +74,13 @@ class Handle:
         self.responses = [Response(script) for script in scripts]
         self.requests: list[EffectiveRequest] = []
         self.ids: list[str] = []
+        self.keys: list[str] = []
         self.generate = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, request: EffectiveRequest, progress: bool, id: str) -> Response:
+    def _remote(self, request: EffectiveRequest, progress: bool, id: str, key: str) -> Response:
         self.requests.append(request)
         self.ids.append(id)
+        self.keys.append(key)
         return self.responses[len(self.requests) - 1]
 
 
@@ -298,3 +302,22 @@ async def test_the_register_forgets_what_has_ended(routed):
     router, _ = routed([ADMITTED, finished(0), finished(1)])
     await collect(router)
     assert not endings._alive
+
+
+async def test_a_replica_is_told_whose_the_request_is(routed):
+    router, handle = routed([ADMITTED, finished(0), finished(1)], [ADMITTED, finished(0), finished(1)])
+    await collect(router)
+    before = current.set(Caller(id="somebody", name="ada", scopes=frozenset(), limits=Limits()))
+    try:
+        await collect(router)
+    finally:
+        current.reset(before)
+    assert handle.keys == ["anonymous", "somebody"]
+
+
+@pytest.mark.parametrize(("deadline_s", "told"), [(3.0, DeadlineTooShort), (6.0, GenerationFailed)])
+async def test_a_deadline_is_the_callers_mistake_only_if_nobody_could_keep_it(routed, deadline_s, told):
+    """Where part of it was lost on the way, as by a replica that died, it has passed."""
+    router, _ = routed([ActorDiedError()], [Failed(error=DeadlineTooShort("deadline_s", "too short", 10.0))])
+    [event] = await collect(router, replace(REQUEST, deadline_s=deadline_s))
+    assert type(event.error) is told

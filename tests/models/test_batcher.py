@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from models.batcher import Batcher, knee
+from models.batcher import Batcher
+from models.measuring import knee
 
 SMALL, LARGE = (4, 16, 16), (4, 32, 32)
 
@@ -12,6 +13,11 @@ class Candidate:
     shape: tuple[int, int, int]
     rows: int
     urgency: tuple[bool, float]
+    key: str = ""
+
+    @property
+    def breadth(self) -> float:
+        return self.rows * self.shape[1] * self.shape[2]
 
 
 def test_the_most_urgent_leads_and_only_its_shape_joins():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.admission import Bounds
 from models.card import ModelCard
 from models.denoiser import Denoiser
 from models.engine import Engine, host
@@ -107,9 +108,14 @@ def test_guided_and_unguided_rows_share_a_forward(engine):
     assert (guided[0].rows, plain[0].rows) == (3, 3)
 
 
-def test_the_queue_is_bounded_and_says_when_to_come_back():
+def bounded(max_waiting: int) -> Engine:
     engine = new_engine("sd15")
-    engine._max_waiting = 3
+    engine._bounds = Bounds(max_waiting=max_waiting)
+    return engine
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back():
+    engine = bounded(3)
     engine.submit(ask(samples=3), lambda event: None)
     with pytest.raises(Overloaded) as refused:
         engine.submit(ask(), lambda event: None)
@@ -117,8 +123,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back():
 
 
 def test_a_full_queue_refuses_before_anything_is_prepared():
-    engine = new_engine("sd15")
-    engine._max_waiting = 1
+    engine = bounded(1)
     unprepared = ask(adapters=(AdapterUse(name="nobody"),))
     with pytest.raises(NotFound):
         engine.submit(unprepared, lambda event: None)
@@ -142,8 +147,8 @@ class Slow(Preparation):
 
 
 def test_what_is_being_prepared_counts_as_waiting_and_can_be_cancelled():
-    engine, slow, events = new_engine("sd15"), Slow(), []
-    engine._max_waiting, engine._preparation = 2, slow
+    engine, slow, events = bounded(2), Slow(), []
+    engine._preparation = slow
     with ThreadPoolExecutor(1) as caller:
         submitting = caller.submit(engine.submit, ask(samples=2), events.append, id="it")
         assert slow.begun.wait(30)

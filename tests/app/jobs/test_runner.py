@@ -28,7 +28,14 @@ from app.service import Service
 from app.stores.folder import Folder
 from app.stores.links import Links
 from app.stores.store import StorageFull
-from models.errors import GenerationFailed, HeliographError, InvalidRequest, Overloaded, Unavailable
+from models.errors import (
+    DeadlineTooShort,
+    GenerationFailed,
+    HeliographError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from models.images import Picture, encode
 from models.parts import Upscale
 from models.request import GenerationRequest
@@ -352,6 +359,23 @@ async def test_a_running_job_past_its_deadline_is_expired(
     [request] = router.requests
     assert request.deadline_s is not None
     assert 29.0 < request.deadline_s <= 30.0
+
+
+async def test_a_job_whose_deadline_no_engine_could_keep_any_more_is_expired(
+    store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter
+):
+    router.failure = DeadlineTooShort("deadline_s", "must be at least 70.0, not 30", 70.0)
+    async with running(store, make):
+        done = await ended(store, await submit(store, pictures, replace(DRAW, deadline_s=30.0)))
+    assert done.state is State.EXPIRED
+
+
+async def test_jobs_are_drawn_as_their_owners(store: JobStore, pictures: Folder, make: Maker, router: MemoryRouter):
+    async with running(store, make):
+        jobs = [await submit(store, pictures, owner=owner) for owner in ("ada", "bob")]
+        for job in jobs:
+            await ended(store, job)
+    assert sorted(router.callers) == ["ada", "bob"]
 
 
 async def test_without_a_deadline_of_its_own_a_job_that_takes_too_long_fails(

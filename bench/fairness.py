@@ -1,0 +1,199 @@
+"""`python -m bench.fairness`: a key that sends a request a second, alone and beside one that sends 100 at once."""
+
+import asyncio
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+import typer
+import yaml
+from rich.console import Console
+
+from bench import readme
+from bench.report import NOTHING, Sheet
+from bench.serving import PROJECT, Serving
+
+LIGHT, FLOOD = "light", "flood"  # the two keys' names
+WARM_UP = 3  # requests that are not counted
+BODY: dict[str, Any] = {
+    "prompt": "a red circle on a blue background", "width": 128, "height": 128, "steps": 20, "guidance_scale": 7.5,
+    "cache": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One request's fate, in seconds since its part of the run began; `sent_s` is when it was to be sent."""
+
+    sent_s: float
+    finished_s: float
+    status: int
+
+    @property
+    def latency_s(self) -> float:
+        return self.finished_s - self.sent_s
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A part of the run: what became of each key's requests, by its name."""
+
+    title: str
+    answers: dict[str, list[Answer]] = field(default_factory=lambda: {LIGHT: [], FLOOD: []})
+
+    def good(self, key: str) -> list[Answer]:
+        """The answers with a picture, in the order in which they came."""
+        return sorted((a for a in self.answers[key] if a.status == 200), key=lambda answer: answer.finished_s)
+
+    def errors(self) -> int:
+        return sum(answer.status != 200 for answers in self.answers.values() for answer in answers)
+
+    def latency_s(self, percent: float) -> float:
+        """The light key's latency that so many percent of its requests do not exceed (nearest rank)."""
+        ordered = sorted(answer.latency_s for answer in self.good(LIGHT))
+        return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
+
+    def pictures_per_s(self) -> float:
+        """The flood's, over the time to its last picture."""
+        good = self.good(FLOOD)
+        return len(good) / good[-1].finished_s
+
+
+class Caller:
+    """A client with a key of its own."""
+
+    def __init__(self, address: str, key: str):
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        headers = {"authorization": f"Bearer {key}", "accept": "image/png"}
+        self._client = httpx2.AsyncClient(base_url=address, headers=headers, timeout=None, limits=limits)
+        self._seed = 0
+
+    async def ask(self, began: float, sent_s: float) -> Answer:
+        self._seed += 1
+        answer = await self._client.post("/v1/generate", json=BODY | {"seed": self._seed})
+        return Answer(sent_s=sent_s, finished_s=time.monotonic() - began, status=answer.status_code)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def trickle(caller: Caller, goes_on: Callable[[int], bool]) -> list[Answer]:
+    """A request every second, whether or not the last one is answered, as long as it goes on after so many."""
+    began, asking = time.monotonic(), []
+    async with asyncio.TaskGroup() as tasks:
+        while goes_on(len(asking)):
+            sent_s = float(len(asking))
+            await asyncio.sleep(max(0.0, began + sent_s - time.monotonic()))
+            asking.append(tasks.create_task(caller.ask(began, sent_s)))
+    return [task.result() for task in asking]
+
+
+async def flood(caller: Caller, requests: int) -> list[Answer]:
+    """All at once."""
+    began = time.monotonic()
+    return list(await asyncio.gather(*(caller.ask(began, 0.0) for _ in range(requests))))
+
+
+async def measure(light: Caller, other: Caller, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
+    """The light key alone, the flood alone, and both together for as long as the flood lasts."""
+    began = time.monotonic()
+    for _ in range(WARM_UP):
+        await light.ask(began, 0.0)
+    say(f"a request a second for {seconds} s")
+    alone = Part(title="a request a second, alone")
+    alone.answers[LIGHT] = await trickle(light, lambda sent: sent < seconds)
+    say(f"{requests} requests at once")
+    flooded = Part(title="the flood, alone")
+    flooded.answers[FLOOD] = await flood(other, requests)
+    say("both")
+    both = Part(title="both")
+    flooding = asyncio.create_task(flood(other, requests))
+    await asyncio.sleep(0.5)  # which has arrived by then
+    both.answers[LIGHT] = await trickle(light, lambda sent: not flooding.done())
+    both.answers[FLOOD] = await flooding
+    return [alone, flooded, both]
+
+
+def sheet_of(parts: Sequence[Part], requests: int) -> Sheet:
+    """A line for each part, and the light key's ratio."""
+    rows = []
+    for part in parts:
+        light = [f"{part.latency_s(50):.2f}", f"{part.latency_s(95):.2f}"] if part.good(LIGHT) else [NOTHING, NOTHING]
+        many = f"{part.pictures_per_s():.2f}" if part.good(FLOOD) else NOTHING
+        rows.append([part.title, str(len(part.answers[LIGHT]) or NOTHING), *light, many, str(part.errors())])
+    alone, flooded, both = parts
+    ratios = [f"{both.latency_s(percent) / alone.latency_s(percent):.2f}" for percent in (50, 95)]
+    rows.append(["both / alone", NOTHING, *ratios, f"{both.pictures_per_s() / flooded.pictures_per_s():.2f}", NOTHING])
+    columns = ("", "its requests", "p50", "p95", "the flood's pictures/s", "errors")
+    return Sheet(title=f"One request a second beside {requests} at once, two keys, seconds", columns=columns, rows=rows)
+
+
+async def _run(folder: Path, threads: int, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
+    from app.database import Database
+    from app.keys import registry
+    from app.keys.caller import Limits
+    from bench.server import one_model  # which needs torch
+
+    shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
+    config = one_model(shipped, {"threads": threads})
+    arguments = next(one for one in config["applications"] if one["name"] == "gateway")["args"]
+    arguments |= {"auth": "keys"}
+    say("starting the server")
+    async with Serving(folder, lambda _: config) as serving:
+        database = Database(arguments["database"])
+        keys = registry.opened(database, arguments["secret_file"])
+        made = {name: (await keys.create(name, ("generate",), Limits()))[1] for name in (LIGHT, FLOOD)}
+        await database.close()
+        light, other = (Caller(serving.address, made[name]) for name in (LIGHT, FLOOD))
+        try:
+            return await measure(light, other, seconds, requests, say)
+        finally:
+            await light.close()
+            await other.close()
+
+
+def main(
+    seconds: Annotated[int, typer.Option(help="For which the light key is measured alone.", min=5)] = 40,
+    requests: Annotated[int, typer.Option(help="Of the flood.", min=10)] = 100,
+    threads: Annotated[int, typer.Option(help="torch threads.")] = os.cpu_count() or 1,
+    out: Annotated[Path, typer.Option(help="Folder for fairness.json.")] = Path("out/bench"),
+    publish: Annotated[bool, typer.Option("--publish", help="Also put the table into bench/README.md.")] = False,
+) -> None:
+    """Measure what a flood costs another key, through HTTP, on a server of its own with the embedded sd15."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from bench.machine import Machine
+
+    console, machine = Console(), Machine.here(threads)
+
+    def say(what: str) -> None:
+        console.print(what, highlight=False)
+
+    with tempfile.TemporaryDirectory(prefix="heliograph-bench-") as folder:
+        parts = asyncio.run(_run(Path(folder), threads, seconds, requests, say))
+    sheet = sheet_of(parts, requests)
+    facts = [
+        f"Requests of {BODY['steps']} steps with guidance at {BODY['width']} px; the light key sends one every second, "
+        f"beside the flood for as long as that lasts. Machine: {machine}.",
+        f"Command: `{' '.join(['python -m bench.fairness', *sys.argv[1:]])}`.",
+    ]
+    if machine.busy:
+        facts.append("The machine was busy: these figures are not worth keeping.")
+    console.print(sheet.rich())
+    for fact in facts:
+        say(fact)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fairness.json").write_text(json.dumps([asdict(part) for part in parts]) + "\n")
+    if publish:
+        readme.publish("fairness", "\n\n".join([sheet.markdown(), *facts]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,53 @@
+"""Measuring what a forward costs by its rows, when an engine warms up."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from models.card import ModelCard
+from models.denoiser import Denoiser
+from models.preparation import Preparation
+from models.request import warm_up_request
+
+_ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_ALWAYS_TRIED = 16  # rows: on a busy machine one slow forward would pass for the end of what pays
+_TRIES = 5  # of which the best counts
+
+
+def knee(seconds: Mapping[int, float], worth: float = 0.1) -> int:
+    """The smallest row count whose rows per second come within `worth` of the best; a bigger batch only delays.
+
+    `seconds` maps a row count to the seconds one forward of so many rows takes.
+    """
+    best = max(rows / time for rows, time in seconds.items())
+    return min(rows for rows, time in seconds.items() if rows / time >= (1 - worth) * best)
+
+
+def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) -> dict[int, float]:
+    """Seconds of one forward by number of rows, up to `most`, or to where more no longer pay or memory ends."""
+    seconds: dict[int, float] = {}
+    for rows in _ROW_COUNTS:
+        if most and rows > most:
+            break
+        try:
+            seconds[rows] = forward_s(rows)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if not most and rows >= _ALWAYS_TRIED and rows > knee(seconds):
+            break
+    return seconds
+
+
+def forward_s(preparation: Preparation, denoiser: Denoiser, card: ModelCard, rows: int) -> float:
+    """Seconds that a step of `rows` unguided pictures of the native size takes, the best of a few."""
+    plain = warm_up_request(card, guidance_scale=1.0, steps=_TRIES).resolve(card)
+    sequences = [preparation.sequences(plain, "", time.monotonic())[0] for _ in range(rows)]
+    preparation.join(sequences)
+    seconds = []
+    for _ in range(_TRIES):
+        started = time.perf_counter()
+        denoiser.step(sequences).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

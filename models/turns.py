@@ -1,0 +1,165 @@
+"""Turns: who leads the next forward and who rides along, so that keys with work alive share a device fairly. No torch.
+
+Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): what a flow of requests was given is added up in device
+seconds, and whoever had least leads. A forward is filled one candidate at a time, again from whoever had least, what
+this forward gives them counted already. Within a flow the most urgent go first, as if it were alone.
+
+A broad forward is slow for everyone in it, so turns alone would not keep a flood from its neighbour: of N keys, the one
+that leads may expect a forward to take no longer than SHARE * N times what its own rows take alone. It then moves at
+least as fast as with an N-th of the device to itself, and the others use what room there is. Where neighbours cost
+nothing, as on a GPU that is not full, the bound never binds, nor with many keys of few rows each. Slices of time for
+one key's batches, the plainer rule, would give a light key beside a flood the same speed and the flood fewer rows: a
+forward for one picture wastes most of what it costs. With one key alive all of this changes nothing.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Several
+from heapq import heapify, heappop, heapreplace
+from typing import Generic, Protocol, TypeVar
+
+from models.pace import Pace
+
+Shape = tuple[int, int, int]
+Flow = tuple[bool, str]  # a key's work of one priority: whether it is batch work, and whose
+
+PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody of one key is overtaken for ever
+SHARE = (
+    0.7  # the rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding
+)
+
+
+class Candidate(Protocol):
+    """The latents' shape, the rows it would take and the row positions these cost (models.work), its urgency (smaller
+    is first), and whose it is."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def breadth(self) -> float: ...
+    @property
+    def urgency(self) -> tuple[bool, float]: ...
+    @property
+    def key(self) -> str: ...
+
+
+C = TypeVar("C", bound=Candidate)
+Queues = Mapping[Flow, Several[C]]
+
+
+class Turns:
+    """Counts for the flows alive.
+
+    A flow that comes, or comes back, starts level with the others: neither idle time nor an early arrival is a claim.
+    The level rises by what a flow's part of each turn would have been, so that those who have had more than that are
+    not overtaken for ever by newcomers.
+    """
+
+    def __init__(self, pace: Pace):
+        self._pace = pace
+        self._had: dict[Flow, float] = {}  # device seconds
+        self._level = {False: 0.0, True: 0.0}  # of each priority
+        self._passed: set[Flow] = set()  # were there in the last turn and got nothing
+
+    def next(self, candidates: Iterable[C], cap: Callable[[Shape], int]) -> list[C]:
+        """The next batch, of which the first one leads, under a cap in rows; who is in it is charged for it."""
+        queues: dict[Flow, list[C]] = {}
+        for candidate in sorted(candidates, key=lambda candidate: candidate.urgency):
+            queues.setdefault(_flow(candidate), []).append(candidate)
+        if not queues:
+            return []
+        order = self._ordered(queues)
+        leader = queues[order[0]][0]
+        batch = _Batch(leader, cap(leader.shape), len({key for _, key in order}), self._pace)
+        self._fill(batch, queues, order)
+        self._charge(queues, batch.members)
+        return batch.members
+
+    def _ordered(self, queues: Queues[C]) -> list[Flow]:
+        """The flows alive in the order of their turns; the others are forgotten.
+
+        Interactive before batch work, then whoever had least. Of those who had the same, who was passed over goes
+        first, so that newcomers cannot keep anybody waiting; and then the one with fewer candidates.
+        """
+        self._had = {flow: had for flow, had in self._had.items() if flow in queues}
+        for batch in self._level:
+            least = min((had for flow, had in self._had.items() if flow[0] == batch), default=0.0)
+            self._level[batch] = max(self._level[batch], least)
+        self._had = {flow: self._had.get(flow, self._level[flow[0]]) for flow in queues}
+        self._passed &= queues.keys()
+        return sorted(queues, key=lambda flow: (*self._turn(flow), flow not in self._passed, len(queues[flow])))
+
+    def _turn(self, flow: Flow) -> tuple[bool, float]:
+        """Smaller goes first. Rounded, so that sums made in another order are the same."""
+        return flow[0], round(self._had[flow], 6)
+
+    def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
+        shape = batch.leader.shape
+        alike = [deque(candidate for candidate in queues[flow] if candidate.shape == shape) for flow in order]
+        turns = [(*self._turn(flow), n) for n, flow in enumerate(order) if alike[n]]
+        heapify(turns)
+        price = self._pace.forward_s(batch.leader.breadth) / batch.leader.breadth
+        while turns and batch.room:
+            priority, had, n = turns[0]
+            candidate = alike[n].popleft()
+            if batch.takes(candidate):
+                batch.add(candidate)
+                had += price * candidate.breadth
+            elif candidate.key != batch.leader.key:
+                alike[n].clear()  # what it has besides is less urgent, and could hardly fit
+            if alike[n]:
+                heapreplace(turns, (priority, had, n))
+            else:
+                heappop(turns)
+
+    def _charge(self, queues: Queues[C], members: Several[C]) -> None:
+        """Who got a place for all it has, has no claim left: else a key that is content with little would save up, and
+        shut the others out when it wants much."""
+        breadth = sum(candidate.breadth for candidate in members)
+        price = self._pace.forward_s(breadth) / breadth
+        places = dict.fromkeys(queues, 0)
+        peers = Counter(batch for batch, _ in queues)
+        for candidate in members:
+            flow = _flow(candidate)
+            self._had[flow] += price * candidate.breadth
+            self._level[flow[0]] += price * candidate.breadth / peers[flow[0]]
+            places[flow] += 1
+        self._passed = {flow for flow, count in places.items() if not count}
+        content = {flow for flow, count in places.items() if count == len(queues[flow])}
+        for batch in self._level:
+            wanting = (had for flow, had in self._had.items() if flow[0] == batch and flow not in content)
+            floor = min(wanting, default=0.0)
+            for flow in content:
+                self._had[flow] = max(self._had[flow], floor if flow[0] == batch else 0.0)
+
+
+class _Batch(Generic[C]):
+    """A batch while it is filled. The leader fits in any case."""
+
+    def __init__(self, leader: C, cap: int, keys: int, pace: Pace):
+        self.leader = leader
+        self.members: list[C] = []
+        self.room = max(cap, leader.rows)
+        self._keys, self._pace = keys, pace
+        self._breadth = self._own = 0.0  # of all, and of the leader's key
+
+    def takes(self, candidate: C) -> bool:
+        """Whether it fits under the cap, and does not slow the leader down beyond its share."""
+        if candidate.rows > self.room:
+            return False
+        if candidate.key == self.leader.key:
+            return True
+        longest = SHARE * self._keys * self._pace.forward_s(self._own)
+        return self._pace.forward_s(self._breadth + candidate.breadth) <= longest
+
+    def add(self, candidate: C) -> None:
+        self.members.append(candidate)
+        self.room -= candidate.rows
+        self._breadth += candidate.breadth
+        self._own += candidate.breadth * (candidate.key == self.leader.key)
+
+
+def _flow(candidate: Candidate) -> Flow:
+    return candidate.urgency[0], candidate.key

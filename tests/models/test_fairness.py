@@ -1,0 +1,75 @@
+"""An engine between keys: a flood does not hold up its neighbour, who draws the same picture as alone."""
+
+from typing import Any
+
+import numpy as np
+
+from models.delivery import Delivery
+from models.engine import Engine
+from models.events import Event, Finished, Progress
+from models.request import GenerationRequest
+from tests.models.conftest import drawn, loaded_family, new_engine
+
+AREA = 16 * 16
+STEPS = 6
+BEFORE = 3  # forwards that the flood has had when another comes
+
+
+def ask(**fields) -> GenerationRequest:
+    fields = {"model": "sd15", "prompt": "a red circle", "steps": STEPS, "seed": 1, "sampler": "euler"} | fields
+    return GenerationRequest(**fields)
+
+
+def flooded(key: str) -> Engine:
+    """An engine with more to do for a key than fits into a forward.
+
+    Forwards take as long as on two cores, it is made to believe: 32 ms for a picture, 41 for two, 127 for twelve.
+    """
+    engine = new_engine("sd15")
+    engine.batcher.set_cap((4, 16, 16), 24)
+    seconds = {rows * AREA: 0.0234 + 0.0043 * rows for rows in (1, 2, 4, 8, 16, 24)}
+    engine.pace.learn(seconds, usual=2 * AREA, full=24 * AREA)
+    for seed in range(14):
+        engine.submit(ask(seed=100 + seed, steps=30), lambda event: None, progress=False, key=key)
+    for _ in range(BEFORE):
+        engine.step()
+    return engine
+
+
+def test_a_light_key_steps_in_every_forward_and_none_of_them_is_broad():
+    engine, events = flooded("flood"), list[Event]()
+    engine.submit(ask(), events.append, key="light")
+    while not any(isinstance(event, Finished) for event in events):
+        engine.step()
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert [event.forward for event in progress] == list(range(BEFORE + 1, BEFORE + 1 + STEPS))
+    assert {event.rows for event in progress} == {4}  # its two, and two of the flood's, which goes on
+    assert engine._live[0].step >= BEFORE + STEPS
+    [[alone]] = new_engine("sd15").generate([ask()])
+    [picture] = [event for event in events if isinstance(event, Finished)]
+    assert np.abs(drawn(picture.data) - drawn(alone.data)).max() <= 1
+
+
+def test_of_the_same_key_it_would_have_waited():
+    engine, late = flooded("one"), list[Event]()
+    engine.submit(ask(), late.append, key="one")
+    for _ in range(4):
+        engine.step()
+    assert not late
+
+
+class Picture:
+    """One that waits to be decoded."""
+
+    shape = (4, 16, 16)
+
+    def __init__(self, key: str):
+        self.key = key
+
+
+def test_keys_take_turns_at_the_decoder():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    waiting: list[Any] = [Picture(key) for key in "aaaaaabbc"]
+    delivery.queue = waiting
+    assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abca", "abaa", "a"]
+    delivery.close()

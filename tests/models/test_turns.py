@@ -1,0 +1,215 @@
+"""Fair turns, in simulation: real turns over made-up pictures, a clock that forwards move on, no torch."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from models.batcher import Batcher
+from models.pace import Pace
+
+SMALL, LARGE = (4, 16, 16), (4, 24, 24)
+ROW_COUNTS = (1, 2, 4, 8, 16, 24)
+CAP = 24
+# Of the shape of the embedded sd15 on two cores: a forward of one picture, two rows, takes 32 ms, of twelve 127 ms.
+PROCESSOR = {rows: 0.0234 + 0.0043 * rows for rows in ROW_COUNTS}
+GPU = {rows: max(0.03, 0.03 * rows / 16) for rows in ROW_COUNTS}
+STEPS = 20
+
+
+def pace(seconds: dict[int, float]) -> Pace:
+    known = Pace()
+    area = SMALL[1] * SMALL[2]
+    known.learn({rows * area: s for rows, s in seconds.items()}, usual=2 * area, full=CAP * area)
+    return known
+
+
+@dataclass(eq=False)
+class Picture:
+    key: str
+    at: float = 0.0
+    steps: int = STEPS
+    rows: int = 2
+    shape: tuple[int, int, int] = SMALL
+    batch: bool = False
+    finished: float = field(default=0.0, init=False)
+
+    @property
+    def breadth(self) -> float:
+        return self.rows * self.shape[1] * self.shape[2]
+
+    @property
+    def urgency(self) -> tuple[bool, float]:
+        return self.batch, self.at
+
+    @property
+    def took(self) -> float:
+        return self.finished - self.at
+
+
+@dataclass
+class Device:
+    """What comes is drawn as the batcher says; `given` are the seconds that each key had."""
+
+    seconds: dict[int, float]
+    now: float = 0.0
+    given: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    batches: list[list[Picture]] = field(default_factory=list)
+
+    def draw(self, pictures: Iterable[Picture], until: float = 1e9) -> None:
+        known = pace(self.seconds)
+        batcher = Batcher(known)
+        batcher.set_cap(SMALL, CAP)
+        coming, alive = sorted(pictures, key=lambda picture: picture.at), []
+        while (coming or alive) and self.now < until:
+            if not alive:
+                self.now = max(self.now, coming[0].at)
+            while coming and coming[0].at <= self.now:
+                alive.append(coming.pop(0))
+            batch = batcher.next(alive)
+            breadth = sum(picture.breadth for picture in batch)
+            took = known.forward_s(breadth)
+            self.now += took
+            self.batches.append(batch)
+            for picture in batch:
+                picture.steps -= 1
+                self.given[picture.key] += took * picture.breadth / breadth
+                if not picture.steps:
+                    picture.finished = self.now
+                    alive.remove(picture)
+
+
+def drawn(seconds: dict[int, float], pictures: Iterable[Picture], until: float = 1e9) -> Device:
+    device = Device(seconds)
+    device.draw(pictures, until)
+    return device
+
+
+def flood(key: str, count: int = 100, **options) -> list[Picture]:
+    return [Picture(key, at=0.001 * number, **options) for number in range(count)]
+
+
+def trickle(key: str, count: int = 40, **options) -> list[Picture]:
+    return [Picture(key, at=0.5 + number, **options) for number in range(count)]
+
+
+def p95(pictures: list[Picture]) -> float:
+    return sorted(picture.took for picture in pictures)[round(0.95 * len(pictures)) - 1]
+
+
+@pytest.mark.parametrize("seconds", [PROCESSOR, GPU], ids=["processor", "gpu"])
+def test_a_light_key_beside_a_flood_takes_less_than_twice_as_long(seconds: dict[int, float]):
+    alone, beside = trickle("b"), trickle("b")
+    drawn(seconds, alone)
+    many = flood("a", 700)
+    device = drawn(seconds, [*beside, *many], until=45.0)
+    assert all(picture.finished for picture in [*alone, *beside])
+    assert p95(beside) < 1.7 * p95(alone)
+    flooded = drawn(seconds, flood("a", 700), until=45.0)
+    assert device.given["a"] > 0.4 * flooded.given["a"]  # and the flood has what the other does not need
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"rows": 5}, {"shape": LARGE}, {"steps": 3}],
+    ids=["alike", "broader", "larger", "shorter"],
+)
+@pytest.mark.parametrize("keys", [2, 3])
+def test_keys_that_are_always_busy_get_equal_shares(keys: int, others: dict):
+    floods = [flood(f"b{n}", 700, **others) for n in range(1, keys)]
+    device = drawn(PROCESSOR, [*flood("a", 200), *(one for many in floods for one in many)], until=20.0)
+    equal = sum(device.given.values()) / keys
+    assert all(0.9 * equal < given < 1.1 * equal for given in device.given.values()), device.given
+
+
+@pytest.mark.parametrize(("keys", "each"), [(24, 1), (24, 4), (6, 4), (3, 8), (2, 24)])
+def test_many_keys_cost_hardly_any_throughput(keys: int, each: int):
+    shared = [Picture(f"k{n % keys}", at=0.001 * n) for n in range(keys * each)]
+    of_one = [Picture("k", at=0.001 * n) for n in range(keys * each)]
+    assert drawn(PROCESSOR, shared).now < 1.1 * drawn(PROCESSOR, of_one).now
+
+
+@pytest.mark.parametrize(("every_s", "left"), [(0.02, 0), (0.01, 25)], ids=["busy", "overloaded"])
+def test_short_requests_of_ever_new_keys_do_not_starve_a_long_one_of_another_shape(every_s: float, left: int):
+    """Overloaded, there are ever more keys, whose parts become ever smaller, and yet not nothing."""
+    long = Picture("a", shape=LARGE, steps=30)
+    short = [Picture(f"k{n}", at=every_s * n, steps=1) for n in range(3000)]
+    drawn(PROCESSOR, [long, *short], until=29.0)
+    assert long.steps <= left
+
+
+def test_what_waits_longest_within_a_key_goes_first_whatever_others_do():
+    own = flood("a", 40)
+    drawn(PROCESSOR, [*own, *flood("b", 40), *trickle("c", 10)])
+    finished = [picture.finished for picture in own]
+    assert finished == sorted(finished)
+
+
+def test_credit_is_not_saved_up():
+    """A key that was content with little for long does not shut the others out when it wants much."""
+    content = [Picture("b", at=0.3 * n) for n in range(100)]
+    sudden = [Picture("b", at=30.0 + 0.001 * n) for n in range(200)]
+    many = flood("a", 400)
+    device = Device(PROCESSOR)
+    device.draw([*content, *many, *sudden], until=40.0)
+    after = [batch for batch in device.batches[-40:] if any(picture.key == "a" for picture in batch)]
+    assert len(after) > 30
+
+
+def test_interactive_work_leads_before_batch_work_of_any_key():
+    own = flood("a", 20)
+    device = drawn(PROCESSOR, [*own, *flood("b", 50, batch=True)])
+    busy = [batch for batch in device.batches if any(not picture.batch for picture in batch)]
+    assert all(not batch[0].batch for batch in busy)
+    last = max(picture.finished for picture in own)
+    assert last < 1.5 * drawn(PROCESSOR, flood("a", 20)).now
+
+
+def test_a_newcomer_of_its_own_is_in_the_next_forward():
+    for shape in (SMALL, LARGE):
+        device = drawn(PROCESSOR, [*flood("a", 100), Picture("b", at=1.0, shape=shape, steps=1)], until=1.5)
+        joined = next(n for n, batch in enumerate(device.batches) if any(one.key == "b" for one in batch))
+        before = drawn(PROCESSOR, flood("a", 100), until=1.0)
+        assert joined == len(before.batches)
+
+
+def reference(candidates: list[Picture], room: int) -> list[Picture]:
+    """Who shares a forward where only one key is alive."""
+    ordered = sorted(candidates, key=lambda candidate: candidate.urgency)
+    batch: list[Picture] = []
+    for candidate in ordered:
+        if candidate.shape == ordered[0].shape and (candidate.rows <= room or not batch):
+            batch.append(candidate)
+            room -= candidate.rows
+    return batch
+
+
+def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
+    rng = random.Random(3)
+    batcher = Batcher(pace(PROCESSOR))
+    batcher.set_cap(SMALL, CAP)
+    for _ in range(300):
+        waiting = [
+            Picture("a", at=rng.random(), rows=rng.choice((1, 2, 2, 5, 30)), shape=rng.choice((SMALL, SMALL, LARGE)))
+            for _ in range(rng.randint(1, 40))
+        ]
+        for picture in waiting:
+            picture.batch = rng.random() < 0.3
+        lead = min(waiting, key=lambda picture: picture.urgency)
+        assert batcher.next(waiting) == reference(waiting, batcher.cap(lead.shape))
+
+
+def test_where_neighbours_cost_nothing_everybody_joins():
+    batcher = Batcher(pace(dict.fromkeys(ROW_COUNTS, 0.03)))
+    batcher.set_cap(SMALL, CAP)
+    waiting = [Picture("b", at=5.0), *flood("a", 20)]
+    assert sum(picture.rows for picture in batcher.next(waiting)) == CAP
+
+
+def test_a_rider_that_would_slow_the_leader_too_far_waits():
+    batcher = Batcher(pace(PROCESSOR))
+    batcher.set_cap(SMALL, CAP)
+    batch = batcher.next([Picture("b", at=5.0), *flood("a", 20)])
+    assert [picture.key for picture in batch] == ["b", "a"]  # with a third, a forward would take 1.54 times as long
