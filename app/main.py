@@ -75,7 +75,12 @@ def gateway(args: GatewaySettings) -> Application:
 
 def model(args: ModelSettings) -> Application:
     """The application that runs one model."""
-    return _MODEL(Model).bind(args)
+    return served(Model, args)
+
+
+def served(by: type[Model], args: ModelSettings) -> Application:
+    """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
+    return _MODEL(by).bind(args)
 
 
 def upscaler(args: UpscalerSettings) -> Application:

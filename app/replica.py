@@ -5,7 +5,7 @@ torch is imported when a replica is made, never when this module is: Serve's own
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,9 +30,15 @@ class Model:
 
     async def __init__(self, settings: ModelSettings):
         # Loading takes seconds: on Serve's event loop it would look like a replica that does not answer.
-        self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start_engine, settings)
+        start = partial(start_engine, settings, load=self.load)
+        self._engine, self._facts = await asyncio.get_running_loop().run_in_executor(None, start)
         self._origins = await asyncio.get_running_loop().run_in_executor(None, origins, settings, self._engine)
         self._upscaler = UpscalerRoute()
+
+    @staticmethod
+    def load(settings: ModelSettings) -> Any:
+        """The family to serve. A benchmark's has a network that only takes time."""
+        return load_family(settings)
 
     async def generate(
         self, request: EffectiveRequest, progress: bool, id: str, key: str = ""
@@ -189,11 +195,27 @@ class Chain:
             task.cancel()
 
 
-def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, dict[str, Any]]:
+def load_family(settings: ModelSettings) -> Any:
+    """The family of a model, with its weights on the device."""
+    from models import families
+
+    return families.load(
+        family=settings.family,
+        source=settings.located_source,
+        revision=settings.revision,
+        config=settings.config,
+        device=settings.device,
+        dtype=settings.dtype,
+        offload=settings.offload,
+    )
+
+
+def start_engine(
+    settings: ModelSettings, warm_up: bool = True, load: Callable[[ModelSettings], Any] = load_family
+) -> tuple[Any, dict[str, Any]]:
     """The engine of a model, loaded and running, and the facts about it that do not change."""
     import torch
 
-    from models import families
     from models.engine import Engine, host
     from models.registered import Adapters
 
@@ -202,15 +224,7 @@ def start_engine(settings: ModelSettings, warm_up: bool = True) -> tuple[Any, di
 
     def make() -> Engine:
         torch.set_num_threads(threads)
-        family = families.load(
-            family=settings.family,
-            source=settings.located_source,
-            revision=settings.revision,
-            config=settings.config,
-            device=settings.device,
-            dtype=settings.dtype,
-            offload=settings.offload,
-        )
+        family = load(settings)
         adapters = Adapters(
             family,
             settings.located_adapters,
