@@ -271,7 +271,8 @@ class _States:
 def _state(overview: Any) -> ModelState:
     deployment = next(iter(overview.deployments.values()), None)  # each application has one
     replicas = deployment.replica_states if deployment else {}
-    if replicas.get("RUNNING"):
+    # On a node that drains, a replica works on until another one has taken its place.
+    if replicas.get("RUNNING") or replicas.get("PENDING_MIGRATION"):
         return "ready"
     if overview.status in ("DEPLOY_FAILED", "DELETING"):
         return "failed"

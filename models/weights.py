@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,11 +145,15 @@ def download(source: Source, names: Mapping[str, type]) -> Path:
         raise InvalidRequest("location", f"{here}, and no hub id (org/name) either")
     if source.revision is None or not COMMIT.fullmatch(source.revision):
         raise InvalidRequest("revision", f"{here}; as a hub id it needs a pinned commit of 40 hexadecimal digits")
+    return snapshot("location", source.location, source.revision, wanted(names))
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """The patterns of the files that loading these components reads from a hub's repository."""
     # Not *.safetensors: repositories hold the same weights in several precisions, and as single files besides.
     stems = ("model", "model-*-of-*", "diffusion_pytorch_model", "diffusion_pytorch_model-*-of-*")
     kinds = ("*.json", "*.txt", *(f"{stem}.safetensors" for stem in stems))
-    patterns = ["model_index.json", "scheduler/*.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
-    return snapshot("location", source.location, source.revision, patterns)
+    return ["model_index.json", "scheduler/*.json", *(f"{name}/{kind}" for name in names for kind in kinds)]
 
 
 def snapshot(field: str, hub_id: str, revision: str | None, patterns: list[str]) -> Path:

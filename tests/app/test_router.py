@@ -160,6 +160,7 @@ async def test_a_model_that_does_not_run_is_said_at_once(routed, state: str):
     [
         ("RUNNING", {"RUNNING": 1}, "ready"),
         ("UNHEALTHY", {"RUNNING": 1, "STARTING": 1}, "ready"),
+        ("RUNNING", {"PENDING_MIGRATION": 1, "STARTING": 1}, "ready"),
         ("RUNNING", {}, "cold"),
         ("RUNNING", {"STARTING": 1}, "loading"),
         ("DEPLOYING", {}, "loading"),
