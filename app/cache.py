@@ -17,7 +17,7 @@ from models.upscaler_card import LANCZOS
 
 T = TypeVar("T")
 
-_ORDER = ("priority", "deadline_s", "preview_every")  # how it was ordered, not what it shows
+_ORDER = ("priority", "deadline_s", "preview_every", "experiments")  # how it was ordered, not what it shows
 
 
 def is_repeatable(request: GenerationRequest) -> bool:

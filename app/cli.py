@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from app.config_option import CONFIG, Config, console
+from app.experiment_commands import experiments_app
 from app.job_commands import jobs_app
 from app.keys.cli import keys_app
 from app.options import read_picture, to_body, with_options
@@ -34,6 +35,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(store_app, name="store")
+app.add_typer(experiments_app, name="experiments")
 
 Local = Annotated[bool, typer.Option("--local", help="Without a server, from the configuration alone.")]
 

@@ -97,6 +97,14 @@ class Client:
         """The job that tries another one again."""
         return self._ask("POST", f"/v1/jobs/{quote(id, safe='')}/retry")
 
+    def experiments(self) -> list[dict[str, Any]]:
+        """Every experiment of the server."""
+        return self._get("/v1/experiments")["data"]
+
+    def experiment(self, name: str) -> dict[str, Any]:
+        """The report of one."""
+        return self._get(f"/v1/experiments/{quote(name, safe='')}")
+
     def _get(self, path: str) -> dict[str, Any]:
         return self._ask("GET", path)
 

@@ -22,6 +22,7 @@ from models.limits import DEADLINE_S
 from models.request import EffectiveRequest
 
 LOOKUP_S = 2.0  # for a picture that is kept, before it is drawn anew
+_UNCOUNTED = ("the exposure is not counted yet: the database does not answer",)
 
 
 class Replicas(Protocol):
@@ -49,7 +50,7 @@ class GenerationResult:
 
     `cached` pictures were drawn for an earlier request of the same caller, or for one at the same time; others have an
     `origin`. `keys` are those of the pictures in the store, where they were stored; `fault` is what kept the receipt or
-    the pictures from being kept.
+    the pictures from being kept. An `uncounted` one is of an experiment that has not heard of it yet.
     """
 
     id: str
@@ -63,12 +64,13 @@ class GenerationResult:
     receipt_id: str | None = None
     keys: tuple[str, ...] = ()
     fault: Unavailable | None = None
+    uncounted: bool = False
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The pictures' warnings, each once, and what could not be kept."""
         found = dict.fromkeys(warning for image in self.images for warning in image.warnings)
-        return (*found, *not_kept(self.fault))
+        return (*found, *not_kept(self.fault), *_UNCOUNTED[: self.uncounted])
 
     @property
     def whole(self) -> bool:

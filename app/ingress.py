@@ -21,6 +21,8 @@ from app.auth import PUBLIC, Guard, RateLimitHeaders, scope
 from app.database import Database
 from app.dialects.native import payload
 from app.errors import BodyTooLarge, BodyTooSlow, envelope, headers_of, http_envelope, status_of
+from app.experiments.experiments import Experiments
+from app.experiments.store import ExperimentStore
 from app.fetch import Fetcher
 from app.jobs.outbox import Outbox
 from app.jobs.service import Jobs
@@ -68,7 +70,9 @@ class Gateway:
             jobs = Jobs(kept, self._store, router.charge, fetcher.address)
         self._results = Results(self._database, self._store, settings.keep_results_s)
         fetching = fetcher if settings.fetch.pictures else None
-        self._service = Service(router, fetching, self._results, jobs, outbox, settings.request_timeout_s)
+        self._experiments = Experiments(ExperimentStore(self._database))
+        patience_s = settings.request_timeout_s
+        self._service = Service(router, fetching, self._results, jobs, outbox, patience_s, self._experiments)
         self._readiness = Readiness(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -78,7 +82,8 @@ class Gateway:
         return build(self._service, self._settings, self._readiness.reason, guard, store=self._store)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes over a new user_config: models and upscaler. Raises ValidationError, which fails the deployment."""
+        """Takes over a new user_config: models, upscaler, experiments. Raises ValidationError, which fails the
+        deployment."""
         if not self._migrated:
             await self._database.migrate()
             self._migrated = True
@@ -86,6 +91,7 @@ class Gateway:
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
         self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
+        self._experiments.offer(catalogue.experiments)
         self._readiness.warm_up()
 
     async def _mark_store(self) -> None:

@@ -16,6 +16,8 @@ from app import stores
 from app.database import Database
 from app.dialects.native import payload
 from app.drawing import GenerationResult
+from app.experiments.experiments import Experiments
+from app.experiments.store import ExperimentStore
 from app.fetch import Fetcher
 from app.jobs.making import Draw, DrawEvent, Drawn, Maker
 from app.jobs.outbox import Outbox
@@ -48,7 +50,9 @@ class JobRunner:
         self._results = Results(self._database, pictures, settings.keep_results_s)
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
         router = Router(settings.request_timeout_s, attempts=1)
-        self._service = Service(router, results=self._results, patience_s=settings.request_timeout_s)
+        counting = Experiments(ExperimentStore(self._database))  # jobs were put into theirs when they were submitted
+        patience_s = settings.request_timeout_s
+        self._service = Service(router, results=self._results, patience_s=patience_s, experiments=counting)
         jobs = JobStore(self._database, payload=payload)
         maker = Maker(jobs, pictures, drawing(self._service), self._service.upscale)
         pace = Pace(

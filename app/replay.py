@@ -67,7 +67,7 @@ async def _request(results: Results, first: Result) -> EffectiveRequest:
     told = first.receipt["request"]
     pictures = {name["sha256"]: await results.input(first, name) for name in document.names(told)}
     try:
-        return replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None)
+        return replace(document.read(told, lambda name: pictures[name["sha256"]]), deadline_s=None, experiments=())
     except (InvalidRequest, TypeError, KeyError) as other:
         raise InvalidRequest("receipt_id", "another version wrote this receipt") from other
 

@@ -12,6 +12,9 @@ from typing import Protocol
 from app.cache import Flights, fingerprint_aside, is_repeatable
 from app.drawing import Drawing, GenerationResult, StreamEvent, told_at_once
 from app.events import Ending, ModelState, ReplicaEvent, Upscaled
+from app.experiments.enrolment import Enrolment, Visit
+from app.experiments.experiments import Experiments
+from app.experiments.shadows import Shadows
 from app.jobs.job import Submission
 from app.jobs.outbox import Outbox
 from app.jobs.service import Delivery, Jobs
@@ -89,13 +92,16 @@ class Service:
         jobs: Jobs | None = None,
         outbox: Outbox | None = None,
         patience_s: float = REQUEST_S,
+        experiments: Experiments | None = None,
     ):
         """`patience_s` is how long a request waits for the same one of another."""
         self._router = router
         self._fetcher = fetcher
         self._results = results
         self._jobs, self._outbox = jobs, outbox
-        self._drawing = Drawing(router, results)
+        self._drawing, self._unkept = Drawing(router, results), Drawing(router, None)
+        self.experiments = experiments or Experiments()
+        self.shadows = Shadows(self._draw_unkept)
         self._flights: Flights[GenerationResult] = Flights()
         self._patience_s = patience_s
         self._cards: dict[str, ModelCard] = {}
@@ -152,16 +158,24 @@ class Service:
         except NotFound as gone:
             raise Unavailable(GONE_RETRY_S, "the pictures have just been removed; send the request again") from gone
 
-    async def generate(self, request: GenerationRequest, *, cache: bool = True, urls: bool = False) -> GenerationResult:
+    def enrol(self, request: GenerationRequest, visit: Visit) -> Enrolment:
+        """Puts a request into the experiments that it belongs to, which decide what it leaves open."""
+        return self.experiments.enrol(request, visit, self._default_model, self._draws)
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        cache: bool = True,
+        urls: bool = False,
+        shadows: Sequence[GenerationRequest] = (),
+    ) -> GenerationResult:
         """Makes all pictures of a request. Raises the errors of models/errors.py.
 
         With `cache` the pictures may be those of the same request, earlier or at the same time, of the same caller;
-        for `urls` they are stored in any case.
+        for `urls` they are stored in any case. `shadows` are drawn afterwards, for nobody.
         """
-        began, wanted = time.monotonic(), await self.resolve(request)
-        if cache and is_repeatable(request):
-            return await _last(self._shared(wanted, began, False, urls))
-        return await _last(self._drawing.events(wanted, began, False, False, urls))
+        return await _last(self.stream(request, progress=False, cache=cache, urls=urls, shared=True, shadows=shadows))
 
     async def stream(
         self,
@@ -171,6 +185,7 @@ class Service:
         cache: bool = True,
         urls: bool = False,
         shared: bool = False,
+        shadows: Sequence[GenerationRequest] = (),
     ) -> AsyncGenerator[StreamEvent, None]:
         """Makes all pictures of a request and tells how it goes: Accepted, Progress and Finished, GenerationResult.
 
@@ -183,9 +198,24 @@ class Service:
             events = self._shared(wanted, began, progress, urls)
         else:
             events = self._drawing.events(wanted, began, progress, again, urls)
-        async with aclosing(events):
-            async for event in events:
+        async with aclosing(self.experiments.watched(wanted, began, events)) as watched:
+            async for event in watched:
+                if isinstance(event, GenerationResult):
+                    self.shadows.start(shadows, wanted.seed)
                 yield event
+
+    def _draws(self, request: GenerationRequest) -> bool:
+        """Whether its model takes a request."""
+        try:
+            request.resolve(self.card(request.model))
+        except (InvalidRequest, NotFound):
+            return False
+        return True
+
+    async def _draw_unkept(self, request: GenerationRequest) -> None:
+        """Draws a request that nobody sees and nothing is kept of."""
+        began, wanted = time.monotonic(), await self.resolve(request)
+        await _last(self.experiments.watched(wanted, began, self._unkept.events(wanted, began, False, False, False)))
 
     async def _shared(
         self, wanted: EffectiveRequest, began: float, progress: bool, urls: bool

@@ -11,9 +11,12 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from app.experiments.settings import ExperimentSettings, check_together
+from app.strict import Name, Positive, Strict
 from models.card import ModelCard
+from models.errors import InvalidRequest, NotFound
 from models.upscaler_card import LANCZOS, UpscalerCard
 from models.upscaling import UPSCALING
 
@@ -43,15 +46,7 @@ RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]{1,64}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _HOST = re.compile(r"(?!.*(^|\.)\d+$)[a-z0-9]([a-z0-9._-]*[a-z0-9])?")  # in lower case; no address that is mistyped
-
-
-class Strict(BaseModel):
-    """Refuses unknown keys and does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class CardDefaults(Strict):
@@ -274,11 +269,13 @@ class RunnerSettings(Strict):
 
 
 class CatalogueSettings(Strict):
-    """The models and the upscaler the gateway knows. Arrives as `user_config`, so Serve changes it in place."""
+    """The models, the upscaler and the experiments the gateway knows. Arrives as `user_config`, so Serve changes it in
+    place."""
 
     models: tuple[ModelSettings, ...] = Field(min_length=1)
     default_model: Name
     upscaler: UpscalerSettings | None = None
+    experiments: dict[Name, ExperimentSettings] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_are_right(self) -> Self:
@@ -291,6 +288,15 @@ class CatalogueSettings(Strict):
         twice = [model.name for model in self.models if model.family in UPSCALING and model.name in upscalers]
         if twice:
             raise ValueError(f"a model that makes pictures larger has an upscaler's name: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_draw(self) -> Self:
+        if self.experiments:
+            try:
+                check_together(self.experiments, self.cards(), self.default_model)
+            except (InvalidRequest, NotFound) as wrong:
+                raise ValueError(str(wrong)) from wrong
         return self
 
     def cards(self) -> dict[str, ModelCard]:

@@ -183,8 +183,9 @@ def server_sent_event(name: str, values: Any, id: int | None = None) -> bytes:
 class EventStream(StreamingResponse):
     """Server-sent events from an async generator, which is closed however the answer ends."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None):
+        headers = {"cache-control": "no-store", **(headers or {})}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from models.errors import InvalidRequest
 from models.images import Picture
-from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 
 _PICTURES = ("image", "mask")
@@ -53,6 +53,8 @@ def read(document: Mapping[str, Any], found: Callable[[Any], Picture]) -> Effect
     values["adapters"] = tuple(made(AdapterUse, use, f"adapters.{i}.") for i, use in enumerate(adapters))
     controls = (use | {"image": found(use["image"])} for use in controls)
     values["controls"] = tuple(made(ControlUse, use, f"controls.{i}.") for i, use in enumerate(controls))
+    experiments = enumerate(values.get("experiments", ()))
+    values["experiments"] = tuple(made(ArmUse, use, f"experiments.{i}.") for i, use in experiments)
     return made(EffectiveRequest, values)
 
 

@@ -19,7 +19,8 @@ from models.request import EffectiveRequest, GenerationRequest
 SOFTWARE = "Heliograph"
 # "Created using generative AI", in the words of the IPTC's vocabulary of digital source types.
 AI_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-_ORDER = ("samples", "priority", "deadline_s", "preview_every", "metadata")  # how it was ordered, not what it shows
+# How it was ordered, not what it shows.
+_ORDER = ("samples", "priority", "deadline_s", "preview_every", "metadata", "experiments")
 _MINIMAL = ("model", "seed")
 
 
@@ -46,6 +47,8 @@ def write(request: EffectiveRequest, revision: str, metadata: Literal["full", "m
     values = _described(request)
     told = values if metadata == "full" else {name: values[name] for name in _MINIMAL}
     document = {"software": SOFTWARE, "digital_source_type": AI_GENERATED, "revision": revision, "parameters": told}
+    if metadata == "full" and request.experiments:
+        document["experiments"] = [{"name": use.experiment, "arm": use.arm} for use in request.experiments]
     texts = {"Software": SOFTWARE, "heliograph": orjson.dumps(document).decode()}
     return {"parameters": infotext.compose(values, revision)} | texts if metadata == "full" else texts
 

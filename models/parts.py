@@ -103,3 +103,19 @@ class Upscale:
     def check(self, field: str) -> None:
         """Raises InvalidRequest for a scale out of range."""
         limits.UPSCALE.check(f"{field}.scale", self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmUse:
+    """An arm of an experiment that the request was put in. It says how the request came about and changes nothing.
+
+    `arm` is the one that draws, `assigned` the unit's own, which may be switched off. `unit` is a pseudonym, and
+    `version` names the rules by which it was assigned. A `shadow` is drawn and shown to nobody.
+    """
+
+    experiment: str
+    arm: str
+    assigned: str
+    version: str
+    unit: str
+    shadow: bool = False

@@ -12,7 +12,7 @@ from models import limits
 from models.card import ModelCard
 from models.errors import InvalidRequest, NotFound
 from models.images import FORMATS, ImageFormat, Picture
-from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.prompt import extract_loras, parse
 from models.samplers import check_pair, find_sampler, find_schedule
 
@@ -45,7 +45,8 @@ class GenerationRequest:
     it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `noise_level` is how
     much noise an upscaling model puts on the picture that it makes larger. `stop_at_step` ends the work early, with the
     estimate that step has come to. `deadline_s` is how long the caller waits, counted from submission. `preview_every`
-    asks for a preview in every n-th progress event, 0 for none.
+    asks for a preview in every n-th progress event, 0 for none. `experiments` says which arms it is drawn for,
+    and changes nothing.
     """
 
     model: str
@@ -85,6 +86,7 @@ class GenerationRequest:
     priority: Priority = "interactive"
     deadline_s: float | None = None
     preview_every: int = 0
+    experiments: tuple[ArmUse, ...] = ()
 
     @property
     def task(self) -> Task:

@@ -36,7 +36,7 @@ TORCH_FREE_APP = tuple(
     for name in (
         *("ingress", "service", "router", "settings", "dialects", "jobs", "stores", "database", "migrations"),
         *("auth", "keys", "metered", "pictures", "secret", "job_runner"),
-        *("cache", "drawing", "origin", "replay", "results"),
+        *("cache", "drawing", "experiments", "origin", "replay", "results", "strict"),
     )
 )
 
@@ -57,6 +57,7 @@ APP_ORDER = (
     ("app.cache",),
     ("app.results",),
     ("app.drawing",),
+    ("app.experiments",),
     ("app.service",),
     ("app.replay",),
     ("app.dialects",),

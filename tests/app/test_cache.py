@@ -9,7 +9,7 @@ import pytest
 from app.cache import Flights, fingerprint, is_repeatable
 from models.errors import GenerationFailed
 from models.images import Picture
-from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, ORIGIN
 
@@ -52,7 +52,8 @@ OTHER: dict[str, Any] = {
     "output_format": "webp",
     "metadata": "full",
 }
-ORDER = {"priority": "batch", "deadline_s": 9.0, "preview_every": 5}
+ARM = ArmUse(experiment="steps", arm="fast", assigned="fast", version="v1", unit="somebodys")
+ORDER = {"priority": "batch", "deadline_s": 9.0, "preview_every": 5, "experiments": (ARM,)}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EffectiveRequest)])

@@ -1,6 +1,7 @@
 """`POST /v1/metadata` and multipart bodies through the whole gateway, on a service in memory."""
 
 import base64
+import json
 
 import httpx2
 import numpy as np
@@ -11,6 +12,7 @@ from app.errors import BodyTooLarge, MalformedBody
 from models.errors import InvalidRequest
 from models.images import MEDIA_TYPES, encode
 from models.metadata import write
+from models.parts import ArmUse
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS
 
@@ -154,3 +156,16 @@ def test_each_kind_of_part_has_its_limit():
         with pytest.raises(error) as refused:
             parsed(*parts)
         assert refused.value.field == field
+
+
+async def test_the_arm_of_an_experiment_is_told_beside_the_parameters(client: httpx2.AsyncClient):
+    arm = ArmUse(experiment="steps", arm="fast", assigned="fast", version="v1", unit="nobodys")
+    text = write(request_for(experiments=(arm,)), "0123456789ab", "full")
+    assert json.loads(text["heliograph"])["experiments"] == [{"name": "steps", "arm": "fast"}]
+    assert "nobodys" not in str(text)  # whose picture it is, is nobody's business
+    assert "experiments" not in json.loads(
+        write(request_for(experiments=(arm,)), "0123456789ab", "minimal")["heliograph"]
+    )
+    answer = await client.post("/v1/metadata", content=picture(experiments=(arm,)))
+    assert answer.json()["warnings"] == []
+    assert (await client.post("/v1/generate", json=answer.json()["parameters"])).status_code == 200

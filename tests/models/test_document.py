@@ -11,11 +11,12 @@ from models.card import ModelCard
 from models.errors import InvalidRequest
 from models.images import Picture
 from models.metadata import named
-from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 
 CARD = ModelCard(name="sd15", family="sd", width=128, height=128, max_pixels=1024 * 1024)
 GREY, BLACK = (Picture(width=128, height=128, data=bytes([value]) * (3 * 128 * 128)) for value in (128, 0))
+ARM = ArmUse(experiment="steps", arm="control", assigned="fast", version="v1", unit="somebodys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def there_and_back(request: EffectiveRequest) -> EffectiveRequest:
         {"prompt": "x", "image": GREY, "outpaint": Outpaint(left=64, top=8), "upscale": Upscale(scale=3.0)},
         {"prompt": "x", "hires": Hires(scale=1.5), "adapters": (AdapterUse(name="moon", weight=-0.5),), "seed": 2**40},
         {"prompt": "x", "controls": (ControlUse(name="canny", image=BLACK, end=0.5, preprocessor="canny"),)},
+        {"prompt": "x", "experiments": (ARM,)},
     ],
 )
 def test_a_request_comes_back_as_it_was(options: dict[str, Any]):
@@ -79,6 +81,7 @@ def test_a_field_that_nobody_knows_is_named():
         ({"hires": {"scale": 1.5, "style": "cubist"}}, "hires.style"),
         ({"adapters": [{"name": "moon"}, {"name": "sun", "style": "cubist"}]}, "adapters.1.style"),
         ({"controls": [control]}, "controls.0.style"),
+        ({"experiments": [vars(ARM) | {"style": "cubist"}]}, "experiments.0.style"),
     ):
         with pytest.raises(InvalidRequest) as refused:
             document.read({**told, **wrong}, lambda _: GREY)

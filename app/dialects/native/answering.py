@@ -7,9 +7,10 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from app import wire
-from app.dialects.native import answers, job_form, submission
+from app.dialects.native import answers, job_form, submission, visiting
 from app.dialects.native.bodies import Delivered
 from app.dialects.native.schemas import EVENTS
+from app.experiments.enrolment import Enrolment
 from app.jobs.job import Job, Submission
 from app.jobs.service import Delivery
 from app.service import Service
@@ -25,34 +26,43 @@ async def answer(
 
     `wanted` reads the request out of the body: not for one whose job is there already, by its idempotency key.
     """
+
+    async def enrolled() -> Enrolment:
+        return service.enrol(await wanted(), visiting.visit(request, body))
+
     delivery, as_urls = submission.delivery(request, body, media_type), body.response == "url"
     if delivery is not None:
-        submit = partial(_submit, service, kind, wanted)
+        submit = partial(_submit, service, kind, enrolled)
         at_once = partial(_kept, service, media_type)
         return await submission.answer(request, service.jobs, delivery, body.asynchronous, submit, at_once)
     if as_urls:
         service.check_urls()
-    drawing = await wire.unless_disconnected(request, wanted())
+    drawing = await wire.unless_disconnected(request, enrolled())
     if media_type == EVENTS:
         return await wire.unless_disconnected(request, _stream(service, drawing, body.cache))
-    generating = service.generate(drawing, cache=body.cache, urls=as_urls)
+    generating = service.generate(drawing.request, cache=body.cache, urls=as_urls, shadows=drawing.shadows)
     result = await wire.unless_disconnected(request, generating)
     return await answers.response(result, media_type, await service.urls(result) if as_urls else None)
 
 
-async def _submit(service: Service, kind: str, wanted: Wanted, delivery: Delivery) -> Submission:
-    return await service.submit(kind, await wanted(), delivery)
+async def _submit(
+    service: Service, kind: str, enrolled: Callable[[], Awaitable[Enrolment]], delivery: Delivery
+) -> Submission:
+    """A job has the arms of its submission, whenever it is drawn. Shadows are drawn beside what is answered at once."""
+    return await service.submit(kind, (await enrolled()).request, delivery)
 
 
 async def _kept(service: Service, media_type: str, job: Job) -> Response:
     """The answer of a job that drew, as it would have been at once."""
     if job.request["response"] == "url":
         told = await job_form.by_address(service.jobs, job)
-        return wire.json_response(told, answers.cache_headers(told["cached"]))
+        headers = answers.cache_headers(told["cached"]) | visiting.headers(visiting.arms_of(job))
+        return wire.json_response(told, headers)
     return await answers.response(job_form.generation(job, await service.jobs.pictures(job)), media_type)
 
 
-async def _stream(service: Service, wanted: GenerationRequest, cache: bool) -> Response:
+async def _stream(service: Service, wanted: Enrolment, cache: bool) -> Response:
     """Waits until a replica has taken the request on, so that a refusal is a status and not an event."""
-    events = service.stream(wanted, cache=cache)
-    return wire.EventStream(answers.from_events(await anext(events), events))
+    events = service.stream(wanted.request, cache=cache, shadows=wanted.shadows)
+    headers = visiting.headers(visiting.arms(wanted.request))
+    return wire.EventStream(answers.from_events(await anext(events), events), headers)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi.responses import Response
 
 from app import wire
+from app.dialects.native import visiting
 from app.dialects.native.schemas import JSON
 from app.drawing import Accepted, GenerationResult, StreamEvent
 from app.errors import envelope
@@ -55,6 +56,7 @@ def answer(result: GenerationResult, images: list[dict[str, Any]]) -> dict[str, 
         "prompts": {field: asdict(report) for field, report in result.images[0].prompts.items()},
         "timings": _timings(result.timings, result.total_s),
         "warnings": list(result.warnings),
+        **visiting.told(visiting.arms(result.request)),
     }
 
 
@@ -64,6 +66,7 @@ def from_event(event: StreamEvent) -> bytes:
         case Accepted(request=request):
             values = {"id": event.id, "created": event.created, "model": request.model, "revision": event.revision}
             values |= {"waiting": event.waiting, "parameters": parameters(request)}
+            values |= visiting.told(visiting.arms(request))
             return wire.server_sent_event("queued", values)
         case Progress(preview=preview):
             values = {field.name: getattr(event, field.name) for field in fields(event) if field.name != "preview"}
@@ -93,7 +96,8 @@ async def response(result: GenerationResult, media_type: str, urls: Sequence[str
     """A result as JSON, with the addresses of its pictures where there are any, or as the picture itself."""
     if media_type != JSON:
         return _picture(result)
-    size, headers = sum(len(image.data) for image in result.images), cache_headers(result.cached)
+    size = sum(len(image.data) for image in result.images)
+    headers = cache_headers(result.cached) | visiting.headers(visiting.arms(result.request))
     return await wire.written(size, lambda: wire.json_response(from_result(result, urls), headers))
 
 
@@ -115,7 +119,8 @@ def _picture(result: GenerationResult) -> Response:
     }
     if result.receipt_id is not None:
         headers["x-receipt-id"] = result.receipt_id
-    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers | cache_headers(result.cached))
+    headers |= cache_headers(result.cached) | visiting.headers(visiting.arms(request))
+    return Response(image.data, media_type=MEDIA_TYPES[image.format], headers=headers)
 
 
 def from_receipt(receipt: Mapping[str, Any], urls: Sequence[str]) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def samplers() -> dict[str, Any]:
 
 def parameters(request: EffectiveRequest) -> dict[str, Any]:
     """Every parameter that plays a part, as it was used; pictures by their size."""
-    idle = {"model"}
+    idle = {"model", "experiments"}
     if request.task in ("txt2img", "upscale"):
         idle |= _OF_A_DRAWN_PICTURE
     if request.task != "inpaint":

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app import wire
-from app.dialects.native import answers
+from app.dialects.native import answers, visiting
 from app.drawing import GenerationResult
 from app.jobs import canonical, outputs
 from app.jobs.job import Job
@@ -66,6 +66,7 @@ def _told(job: Job, images: list[dict[str, Any]], estimate: Estimate) -> dict[st
         "error": None if job.error is None else asdict(job.error),
         "urls": {"self": path(job.id), "events": f"{path(job.id)}/events", "cancel": f"{path(job.id)}/cancel"},
         "retry_of": job.retry_of,
+        **visiting.told(visiting.arms_of(job)),
     }
 
 

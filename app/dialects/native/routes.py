@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
 from app.auth import scope
-from app.dialects.native import answering, answers, forms, jobs, receipts, requests, upscale, webhooks
+from app.dialects.native import answering, answers, experiments, forms, jobs, receipts, requests, upscale, webhooks
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.service import Service
@@ -31,6 +31,7 @@ def routes(service: Service) -> APIRouter:
     _add_forms(router, service)
     upscale.add(router, service)
     receipts.add(router, service)
+    experiments.add(router, service)
     _add_lists(router, service)
     _add_requests(router, service)
     jobs.add(router, service)

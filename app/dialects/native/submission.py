@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from app import wire
-from app.dialects.native import job_form
+from app.dialects.native import job_form, visiting
 from app.dialects.native.bodies import Delivered
 from app.dialects.native.schemas import JSON
 from app.errors import InFlight, envelope, headers_of, status_of
@@ -98,6 +98,7 @@ async def accepted(request: Request, jobs: Jobs, found: Submission, wait_s: int 
     if wait_s is not None:
         job = await wire.unless_disconnected(request, jobs.wait(job.id, wait_s))
         headers["preference-applied"] = f"wait={wait_s}"
+    headers |= visiting.headers(visiting.arms_of(job))
     status = 200 if wait_s is not None and job.finished else 202
     return wire.json_response(await job_form.form(jobs, job), headers, status)
 

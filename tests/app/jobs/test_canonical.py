@@ -14,7 +14,7 @@ from app.stores.links import Links
 from models.errors import InvalidRequest
 from models.events import Finished, Timings
 from models.images import Picture, encode
-from models.parts import AdapterUse, ControlUse, Hires, Outpaint, Upscale
+from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
 
@@ -62,6 +62,7 @@ EVERYTHING = EffectiveRequest(
     priority="batch",
     deadline_s=8.5,
     preview_every=3,
+    experiments=(ArmUse(experiment="steps", arm="control", assigned="fast", version="v1", unit="somebodys"),),
 )
 
 

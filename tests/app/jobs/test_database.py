@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import app.jobs.tables
 from app.database import Database, clock, metadata
 from app.errors import code_of, envelope, headers_of, status_of
+from app.experiments.store import ExperimentStore, Sums
 from app.jobs.job import Claim
 from app.jobs.states import State
 from app.jobs.store import JobStore
@@ -60,6 +61,13 @@ HOLDINGS = {
     "0004": (f"UPDATE jobs SET inputs = '{'f' * 32}'",),
     "0005": ("UPDATE jobs SET at_once = 2, accompanied = false",),
     "0006": (f"INSERT INTO places (id) VALUES ('{'a' * 32}')",),
+    "0007": (
+        "INSERT INTO exposures (id, experiment, arm, assigned, version, unit, shadow, owner, model, created_at,"
+        " engine_s) VALUES ('0192f0c2a1b37c4d8e5f60718293a4b7', 'steps', 'fast', 'fast', 'v1', 'u', false, 'ada',"
+        " 'sd15', 1e9, 0.5)",
+        "INSERT INTO outcomes (id, outcome, value, created_at)"
+        " VALUES ('0192f0c2a1b37c4d8e5f60718293a4b7', 'kept', 1, 1e9)",
+    ),
 }
 
 
@@ -128,6 +136,9 @@ async def test_every_earlier_schema_is_brought_up_to_date_with_what_it_holds(rev
     if "0003" in passed:
         result = await Results(bare, None, 60.0).get("ada", "0192f0c2a1b37c4d8e5f60718293a4b6")
         assert (result.receipt, result.keys) == ({"seed": 7}, ("results/1/0",))
+    if "0007" in passed:
+        sums = await ExperimentStore(bare).sums("steps", "v1", "kept")
+        assert sums == {"fast": Sums(units=1, total=1.0, squares=1.0)}
     await submit(store, webhook=HOOK)
     await store.succeed(await claim_one(store), {})
 
