@@ -1,5 +1,6 @@
 """The command line. Heavy imports wait until a command needs them."""
 
+import os
 import subprocess
 import sys
 import time
@@ -284,6 +285,12 @@ def samplers(address: Address = ADDRESS) -> None:
 def bench(context: typer.Context) -> None:
     """Measure Heliograph against diffusers and @serve.batch; options go to `python -m bench`."""
     sys.exit(subprocess.call([sys.executable, "-m", "bench", *context.args]))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def batch(context: typer.Context) -> None:
+    """Draw a file of prompts with engines on Ray, into a folder or a bucket, as `python -m cluster.batch` does."""
+    os.execv(sys.executable, [sys.executable, "-m", "cluster.batch", *context.args])
 
 
 if __name__ == "__main__":

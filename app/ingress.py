@@ -33,7 +33,7 @@ from app.metered import Metered
 from app.pictures import pictures
 from app.results.results import Results
 from app.service import Service
-from app.settings import CatalogueSettings, GatewaySettings
+from app.settings import CatalogueSettings, GatewaySettings, QueueSettings
 from app.stores.store import Store
 from models.errors import HeliographError
 from models.request import warm_up_request
@@ -65,8 +65,7 @@ class Gateway:
         secret = stores.signing_secret(settings.secret_file)
         self._store = None if settings.store is None else stores.opened(settings.store, secret)
         if settings.jobs is not None and self._store is not None:
-            bounds = Bounds(settings.jobs.max_waiting, settings.jobs.max_waiting_per_caller)
-            kept, outbox = JobStore(self._database, bounds, payload), Outbox(self._database)
+            kept, outbox = JobStore(self._database, bounds(settings.jobs), payload), Outbox(self._database)
             jobs = Jobs(kept, self._store, router.charge, fetcher.address)
         self._results = Results(self._database, self._store, settings.keep_results_s)
         fetching = fetcher if settings.fetch.pictures else None
@@ -99,6 +98,17 @@ class Gateway:
             await self._results.mark()
         except HeliographError as fault:  # pictures are drawn all the same, and the sweep tries again
             _log.warning("the store is not marked: %s", fault)
+
+
+def bounds(jobs: QueueSettings) -> Bounds:
+    """How many jobs may wait, as the store of jobs has it."""
+    return Bounds(
+        waiting=jobs.max_waiting,
+        per_owner=jobs.max_waiting_per_caller,
+        lines=jobs.max_waiting_lines,
+        lines_per_owner=jobs.max_waiting_lines_per_caller,
+        lines_at_once=jobs.max_batch_lines,
+    )
 
 
 class Readiness:

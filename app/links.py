@@ -18,14 +18,18 @@ def link_or_text(value: str) -> str:
     return Link(value) if value[:8].lower().startswith(("http://", "https://")) else value
 
 
+def found(body: BaseModel) -> dict[str, str]:
+    """The links of a body, by the names of their fields: `image`, `controls.0.image`."""
+    return dict(_links(body, ()))
+
+
 async def resolved(body: Body, fetch: Fetch) -> Body:
     """The body with every Link replaced by the bytes that it leads to. Raises what `fetch` raises."""
-    links = dict(_links(body, ()))
+    links = found(body)
     return _replaced(body, await fetch(links), ()) if links else body
 
 
 def _links(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
-    """The links, by the names of their fields: `image`, `controls.0.image`."""
     if isinstance(value, Link):
         yield _name(path), str(value)
     for key, part in _parts(value):

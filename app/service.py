@@ -15,7 +15,9 @@ from app.events import Ending, ModelState, ReplicaEvent, Upscaled
 from app.experiments.enrolment import Enrolment, Visit
 from app.experiments.experiments import Experiments
 from app.experiments.shadows import Shadows
-from app.jobs.job import Submission
+from app.jobs.batches import BatchSubmission
+from app.jobs.batching import Asked, naming
+from app.jobs.job import Idempotency, Submission
 from app.jobs.outbox import Outbox
 from app.jobs.service import Delivery, Jobs
 from app.keys.caller import current
@@ -266,6 +268,22 @@ class Service:
         """Accepts a job that draws. Raises what `resolve` raises, Overloaded and Unavailable."""
         delivery = replace(delivery, cache=delivery.cache and is_repeatable(request))
         return await self.jobs.submit(kind, await self.resolve(request), delivery)
+
+    async def submit_batch(
+        self, lines: Sequence[tuple[str, str, GenerationRequest, Delivery]], idempotency: Idempotency | None
+    ) -> BatchSubmission:
+        """Accepts a job for each line: what its caller calls it, its path, its request, how its answer is to be.
+
+        Raises InvalidRequest naming the line, GenerationFailed, Overloaded and Unavailable.
+        """
+        asked = []
+        for number, (custom_id, url, request, delivery) in enumerate(lines, 1):
+            with naming(number):
+                wanted = await self.resolve(request)
+            delivery = replace(delivery, cache=delivery.cache and is_repeatable(request))
+            asked.append(Asked(custom_id=custom_id, url=url, request=wanted, delivery=delivery))
+            await asyncio.sleep(0)  # the loop is everybody's, and there may be thousands
+        return await self.jobs.batches.submit(asked, idempotency)
 
     async def submit_upscale(
         self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery

@@ -223,10 +223,13 @@ class S3Settings(Strict):
 
 
 class QueueSettings(Strict):
-    """How many jobs may wait, in all and of one caller, before new ones get 429."""
+    """How many jobs may wait, in all and of one caller, before new ones get 429; lines of batches by themselves."""
 
     max_waiting: int = Field(default=10_000, ge=1)
     max_waiting_per_caller: int = Field(default=1_000, ge=1)
+    max_waiting_lines: int = Field(default=50_000, ge=1)
+    max_waiting_lines_per_caller: int = Field(default=20_000, ge=1)
+    max_batch_lines: int = Field(default=5_000, ge=1, description="of one batch")
 
 
 class GatewaySettings(Strict):

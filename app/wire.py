@@ -111,6 +111,13 @@ async def written(size: int, write: Callable[[], Written]) -> Written:
     return write() if size <= LARGE_BYTES else await asyncio.to_thread(write)
 
 
+def number(field: str, text: str) -> int:
+    """A whole number in a query or a header. Raises InvalidRequest naming the field."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InvalidRequest(field, f"must be a whole number, not {text[:40]!r}")
+    return int(text)
+
+
 def json_response(values: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     return Response(orjson.dumps(values), status, media_type="application/json", headers=dict(headers or {}))
 

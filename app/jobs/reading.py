@@ -40,6 +40,11 @@ class Filter:
         return query.where(jobs.c.state.in_(sorted(self.states))) if self.states else query
 
 
+def is_id(text: str) -> bool:
+    """Whether a text has the form of ids."""
+    return _ID.fullmatch(text) is not None
+
+
 async def get(connection: AsyncConnection, id: str, owner: str | None) -> Job:
     """One job; somebody else's is NotFound like one that never was."""
     return job_of(await _row(connection, id, owner))
@@ -106,7 +111,7 @@ async def known(connection: AsyncConnection, keys: Collection[str]) -> frozenset
 
 async def _row(connection: AsyncConnection, id: str, owner: str | None) -> Row[Any]:
     query = Filter(owner=owner).of(select(jobs).where(jobs.c.id == id))
-    row = (await connection.execute(query)).one_or_none() if _ID.fullmatch(id) else None
+    row = (await connection.execute(query)).one_or_none() if is_id(id) else None
     if row is None:
         raise NotFound(f"there is no job {id[:64]!r}")
     return row
@@ -121,6 +126,6 @@ def _opened(cursor: str) -> str:
         id = base64.urlsafe_b64decode(cursor + "==").hex()
     except (binascii.Error, ValueError):
         id = ""
-    if not _ID.fullmatch(id):
+    if not is_id(id):
         raise InvalidRequest("cursor", "must be the `next` of an earlier page")
     return id

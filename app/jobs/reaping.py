@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, and_, delete, not_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import clock
-from app.jobs import endpoints
+from app.jobs import batches, endpoints
 from app.jobs.attempts import bury
 from app.jobs.claiming import expire_overdue
 from app.jobs.job import Reaped
@@ -52,6 +52,7 @@ async def prune(connection: AsyncConnection, keep_s: float, forget_s: float, lim
     settled = select(deliveries.c.id).where(SETTLED, deliveries.c.finished_at < now - forget_s).limit(limit)
     sent = await connection.execute(delete(deliveries).where(deliveries.c.id.in_(settled)))
     await endpoints.forget(connection, now - forget_s)
+    await batches.forget(connection, now - forget_s, limit)
     return max(len(stripped), len(forgotten), sent.rowcount)
 
 

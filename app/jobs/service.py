@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 from app.jobs import canonical, inputs, outputs
+from app.jobs.batching import Batches, Charge, owner
 from app.jobs.job import Idempotency, Job, JobEvent, NewJob, Page, Position, Submission, Webhook
 from app.jobs.states import TERMINAL, State
 from app.jobs.store import JobStore
@@ -29,8 +30,6 @@ OUTAGE_S = 120.0  # of the database, which whoever reads a job's events does not
 _PRIORITIES = {"interactive": 0, "batch": -1}
 
 Response = Literal["url", "base64"]
-GiveBack = Callable[[], Awaitable[object]]
-Charge = Callable[[EffectiveRequest], Awaitable[GiveBack]]
 CheckAddress = Callable[[str, str], object]  # an address and the field that gave it
 
 
@@ -64,6 +63,7 @@ class Jobs:
 
     def __init__(self, jobs: JobStore, pictures: Store, charge: Charge, check_address: CheckAddress):
         self._jobs, self._pictures, self._charge, self._check_address = jobs, pictures, charge, check_address
+        self.batches = Batches(jobs, pictures, charge, self._promise)
         self._paces: dict[str, tuple[float, float | None]] = {}  # by model: when it was measured, and what came of it
 
     async def earlier(self, idempotency: Idempotency) -> Submission | None:
@@ -78,6 +78,13 @@ class Jobs:
         return await self._charged(request, partial(self._submit, kind, request, delivery))
 
     async def _submit(self, kind: str, request: EffectiveRequest, delivery: Delivery) -> Submission:
+        new, keys = await self._promise(kind, request, delivery)
+        return await self._promised(new, keys, delivery)
+
+    async def _promise(
+        self, kind: str, request: EffectiveRequest, delivery: Delivery
+    ) -> tuple[NewJob, tuple[str, ...]]:
+        """The job of a request to draw, whose pictures are stored by then, and the keys of these."""
         caller, folder = current.get(), inputs.new_folder()
         keys = await inputs.keep(self._pictures, folder, document.pictures(request))
         pace = await self._pace(request.model)
@@ -97,7 +104,7 @@ class Jobs:
             work=0.0 if pace is None else pace * pixel_steps(request),
             webhook=delivery.webhook,
         )
-        return await self._promised(new, tuple(keys.values()), delivery)
+        return new, tuple(keys.values())
 
     async def submit_upscale(
         self, picture: bytes, wanted: Upscale, format: ImageFormat, delivery: Delivery
@@ -123,17 +130,17 @@ class Jobs:
 
     async def get(self, id: str) -> Job:
         """One job. Raises NotFound."""
-        return await self._jobs.get(id, _owner())
+        return await self._jobs.get(id, owner())
 
     async def list(
         self, states: Collection[State], model: str | None, kind: str | None, cursor: str | None, limit: int
     ) -> Page:
         """The caller's jobs, the newest first. Raises InvalidRequest."""
-        return await self._jobs.list(_owner(), states=states, model=model, kind=kind, cursor=cursor, limit=limit)
+        return await self._jobs.list(owner(), states=states, model=model, kind=kind, cursor=cursor, limit=limit)
 
     async def cancel(self, id: str) -> Job:
         """Ends a queued job, has a running one stopped; a finished one stays. Raises NotFound."""
-        return await self._jobs.cancel(id, _owner())
+        return await self._jobs.cancel(id, owner())
 
     async def retry(self, id: str, idempotency: Idempotency | None) -> Submission:
         """A failed, cancelled or expired job anew, as another job, at the same cost.
@@ -143,7 +150,7 @@ class Jobs:
         job = await self.get(id)
         if idempotency is not None and (known := await self._jobs.earlier(job.owner, idempotency)) is not None:
             return known
-        again = partial(self._jobs.retry, id, _owner(), idempotency)
+        again = partial(self._jobs.retry, id, owner(), idempotency)
         if job.data_removed or canonical.is_upscale(job.request["request"]):
             return await again()
         return await self._charged(canonical.from_json(job.request["request"]), again)
@@ -165,7 +172,7 @@ class Jobs:
         ended, answered = False, time.monotonic()
         while not ended:
             try:
-                found = await self._jobs.events(id, _owner(), after_seq)
+                found = await self._jobs.events(id, owner(), after_seq)
                 over = not found and await self._is_over(id, after_seq)
                 answered = time.monotonic()
             except Unavailable:
@@ -182,7 +189,7 @@ class Jobs:
 
     async def _is_over(self, id: str, after_seq: int) -> bool:
         """Whether a job has ended, and nothing came after an event."""
-        return (await self.get(id)).finished and not await self._jobs.events(id, _owner(), after_seq, 1)
+        return (await self.get(id)).finished and not await self._jobs.events(id, owner(), after_seq, 1)
 
     async def estimate(self, job: Job) -> Estimate:
         """When a job will be done, by what its model's last jobs took; nothing where none was measured."""
@@ -245,11 +252,6 @@ class Jobs:
             pace = _busy(await self._jobs.measured(model))
             self._paces[model] = time.monotonic(), pace
         return pace
-
-
-def _owner() -> str | None:
-    caller = current.get()
-    return None if "admin" in caller.scopes else caller.id
 
 
 def _busy(jobs: tuple[Job, ...]) -> float | None:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from app.database import Database
-from app.jobs import attempts, claiming, reading, reaping, submission
+from app.jobs import attempts, batches, claiming, reading, reaping, submission
+from app.jobs.batches import Batch, BatchSubmission, Line, NewLine
 from app.jobs.job import (
     Claim,
     Heartbeat,
@@ -38,7 +39,7 @@ class JobStore:
 
     def __init__(self, database: Database, bounds: Bounds | None = None, payload: Payload = thin_payload):
         self._database = database
-        self._bounds = bounds or Bounds()
+        self.bounds = bounds or Bounds()
         self._payload = payload
 
     # For callers. `owner` None is an administrator, who sees everybody's; others' jobs are NotFound.
@@ -50,7 +51,7 @@ class JobStore:
         nothing is written; with another fingerprint, InvalidRequest (`Idempotency-Key`). Raises Overloaded where as
         many jobs wait as may, in all or of this owner; a replay is never refused for that.
         """
-        return await self._database.write(lambda c: submission.submit(c, new, idempotency, self._bounds))
+        return await self._database.write(lambda c: submission.submit(c, new, idempotency, self.bounds))
 
     async def earlier(self, owner: str, idempotency: Idempotency) -> Submission | None:
         """What an earlier submission with this key made, None where there was none.
@@ -61,7 +62,7 @@ class JobStore:
 
     async def check_room(self, owner: str) -> None:
         """Raises Overloaded where `submit` would, as things stand: before anything is stored for a job."""
-        await self._database.read(lambda c: submission.check_room(c, owner, self._bounds))
+        await self._database.read(lambda c: submission.check_room(c, owner, self.bounds))
 
     async def get(self, id: str, owner: str | None) -> Job:
         """One job. Raises NotFound."""
@@ -108,7 +109,40 @@ class JobStore:
         It is another one because an end is final: the first keeps its events, and its webhooks stay true. Raises
         NotFound, InvalidRequest (`id`) for a job in another state or without its data, Overloaded.
         """
-        return await self._database.write(lambda c: submission.retry(c, id, owner, idempotency, self._bounds))
+        return await self._database.write(lambda c: submission.retry(c, id, owner, idempotency, self.bounds))
+
+    async def submit_batch(
+        self, owner: str, lines: Sequence[NewLine], idempotency: Idempotency | None = None
+    ) -> BatchSubmission:
+        """Accepts a job for each line, all or none. A known idempotency key is as in `submit`.
+
+        Raises Overloaded where more lines would wait than may, in all or of this owner.
+        """
+        return await self._database.write(lambda c: batches.submit(c, owner, lines, idempotency, self.bounds))
+
+    async def earlier_batch(self, owner: str, idempotency: Idempotency) -> BatchSubmission | None:
+        """As `earlier`, of batches."""
+        return await self._database.read(lambda c: batches.submitted(c, owner, idempotency))
+
+    async def check_room_for_lines(self, owner: str, lines: int) -> None:
+        """Raises Overloaded where `submit_batch` would, as things stand."""
+        await self._database.read(lambda c: submission.check_room_for_lines(c, owner, lines, self.bounds))
+
+    async def batch(self, id: str, owner: str | None) -> Batch:
+        """One batch. Raises NotFound."""
+        return await self._database.read(lambda c: batches.get(c, id, owner))
+
+    async def batches(self, owner: str | None, after: str | None, limit: int) -> Sequence[Batch]:
+        """The newest first, older ones than `after`, `limit` and one more where there are more. Raises NotFound."""
+        return await self._database.read(lambda c: batches.page(c, owner, after, limit))
+
+    async def cancel_lines(self, id: str, owner: str | None) -> bool:
+        """Cancels some lines of a batch, and says whether there are more to cancel. Raises NotFound."""
+        return await self._database.write(lambda c: batches.cancel(c, id, owner, self._payload))
+
+    async def finished_lines(self, id: str, owner: str | None, after: int, limit: int) -> Sequence[Line]:
+        """The lines of a batch after that one whose jobs have ended. Raises NotFound."""
+        return await self._database.read(lambda c: batches.finished_lines(c, id, owner, after, limit))
 
     async def measured(self, model: str, limit: int = 20) -> tuple[Job, ...]:
         """The jobs of a model that succeeded last, at their first attempt: how long things take at the moment."""

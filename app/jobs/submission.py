@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, select, true
+from sqlalchemy import ColumnElement, and_, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import clock, one_at_a_time
@@ -13,19 +13,24 @@ from app.jobs.job import Idempotency, NewJob, Submission
 from app.jobs.journal import job_of, new_id, record
 from app.jobs.reading import get
 from app.jobs.states import State
-from app.jobs.tables import QUEUED, SERVED, idempotency, jobs
+from app.jobs.tables import ALONE, LINE, QUEUED, SERVED, idempotency, jobs
 from models.errors import InvalidRequest, Overloaded
 
 _AGAIN = (State.FAILED, State.CANCELLED, State.EXPIRED)
+SUBMITTED = {"state": State.QUEUED, "attempt": 0, "reason": "submitted"}  # a job's first event
 _LONGEST_WAIT_S = 60.0
+_OF_CALLER = "{} of this caller wait already"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many jobs may be queued, in all and of one owner."""
+    """How many jobs may be queued, in all and of one owner; of batches, how many lines, and how many one may have."""
 
     waiting: int = 10_000
     per_owner: int = 10_000
+    lines: int = 50_000
+    lines_per_owner: int = 50_000
+    lines_at_once: int = 5_000
 
 
 async def submit(connection: AsyncConnection, new: NewJob, key: Idempotency | None, bounds: Bounds) -> Submission:
@@ -36,7 +41,7 @@ async def submit(connection: AsyncConnection, new: NewJob, key: Idempotency | No
     await check_room(connection, new.owner, bounds)
     values = await _values(connection, new)
     row = (await connection.execute(insert(jobs).values(values).returning(jobs))).one()
-    await record(connection, row, "state", {"state": row.state, "attempt": 0, "reason": "submitted"}, row.created_at)
+    await record(connection, row, "state", SUBMITTED, row.created_at)
     if key is not None:
         await connection.execute(insert(idempotency).values(owner=new.owner, job_id=row.id, **asdict(key)))
     return Submission(job_of(row))
@@ -95,24 +100,42 @@ async def earlier(connection: AsyncConnection, owner: str, key: Idempotency) -> 
 
 async def check_room(connection: AsyncConnection, owner: str, bounds: Bounds) -> None:
     """Raises Overloaded where as many jobs wait as may."""
-    await _check_bound(connection, true(), bounds.waiting, "jobs wait already")
-    await _check_bound(connection, jobs.c.owner == owner, bounds.per_owner, "jobs of this caller wait already")
+    await _check_bound(connection, ALONE, bounds.waiting, "jobs wait already")
+    await _check_bound(connection, and_(ALONE, jobs.c.owner == owner), bounds.per_owner, _OF_CALLER.format("jobs"))
 
 
-async def _check_bound(connection: AsyncConnection, whose: ColumnElement[bool], bound: int, what: str) -> None:
+async def check_room_for_lines(connection: AsyncConnection, owner: str, lines: int, bounds: Bounds) -> None:
+    """Raises Overloaded where so many lines more would be more than may wait."""
+    of_owner = and_(LINE, jobs.c.owner == owner)
+    await _check_bound(connection, LINE, bounds.lines, "lines of batches wait already", lines)
+    await _check_bound(connection, of_owner, bounds.lines_per_owner, _OF_CALLER.format("lines of batches"), lines)
+
+
+async def _check_bound(
+    connection: AsyncConnection, whose: ColumnElement[bool], bound: int, what: str, more: int = 1
+) -> None:
     """Counts no further than the bound. A place becomes free when one job is done: about then to come back."""
     waiting = select(jobs.c.work).where(QUEUED, whose).limit(bound).subquery()
     count, work = (await connection.execute(select(func.count(), func.sum(waiting.c.work)))).one()
-    if count >= bound:
+    if count + more > bound:
         raise Overloaded(min(max(work / max(count, 1), 1.0), _LONGEST_WAIT_S), f"{count} {what}")
 
 
 async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]:
     now = await clock(connection)
-    newest = await connection.scalar(select(jobs.c.id).order_by(jobs.c.id.desc()).limit(1))
+    return row_of(new, new_id(now, await newest(connection)), await next_turn(connection, new), now)
+
+
+async def newest(connection: AsyncConnection) -> str | None:
+    """The highest id: later ones are made higher, so they have the order of submissions, whatever the clock does."""
+    return await connection.scalar(select(jobs.c.id).order_by(jobs.c.id.desc()).limit(1))
+
+
+def row_of(new: NewJob, id: str, turn: int, now: float) -> dict[str, Any]:
+    """The row of a job that is submitted now."""
     deadline_at = None if new.deadline_s is None else now + new.deadline_s
     return {
-        "id": new_id(now, newest),  # so ids have the order of submissions, whatever the clock does
+        "id": id,
         "owner": new.owner,
         "state": State.QUEUED,
         "model": new.model,
@@ -121,7 +144,7 @@ async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]
         "inputs": new.inputs,
         "at_once": new.at_once,
         "priority": new.priority,
-        "turn": await next_turn(connection, new),
+        "turn": turn,
         "start_by": math.inf if deadline_at is None else deadline_at - new.work,
         "deadline_at": deadline_at,
         "work": new.work,

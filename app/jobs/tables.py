@@ -1,4 +1,4 @@
-"""The tables of jobs, their events, the idempotency keys, and the webhooks to be sent.
+"""The tables of jobs, their events, the idempotency keys, batches, and the webhooks to be sent.
 
 Whatever is asked of the queue is asked through a partial index over queued jobs alone, so that history costs nothing.
 A condition on the state stands in a query as a literal: databases use a partial index only where they can see its
@@ -64,6 +64,9 @@ jobs = Table(
     Column("error", Json),
     Column("webhook", Json),
     Column("retry_of", String(32)),
+    Column("batch", String(32)),  # whose line it is; the next two say which
+    Column("line", Integer),
+    Column("custom_id", Text),
     Column("data_removed", Boolean, nullable=False),
     Column("seq", Integer, nullable=False),  # of the last event
     Column("told_at", Double, nullable=False),  # when the last event that may be left out was written
@@ -88,6 +91,16 @@ idempotency = Table(
     Column("fingerprint", String(64), nullable=False),
     # With the job goes its key: kept exactly as long as the result.
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("total", Integer, nullable=False),  # lines
+    Column("created_at", Double, nullable=False),
+    Column("cancelling_at", Double),
 )
 
 endpoints = Table(
@@ -118,6 +131,8 @@ deliveries = Table(
 )
 
 QUEUED = jobs.c.state == literal_column(f"'{State.QUEUED}'")
+ALONE = jobs.c.batch.is_(None)  # what is bounded job by job; lines of batches have bounds of their own
+LINE = jobs.c.batch.is_not(None)
 LEASED = jobs.c.lease_until.is_not(None)  # the states of HELD
 FINISHED = jobs.c.finished_at.is_not(None)
 SERVED = and_(jobs.c.state != literal_column(f"'{State.QUEUED}'"), jobs.c.started_at.is_not(None))  # had their turns
@@ -130,13 +145,16 @@ def _partial(name: str, condition: ColumnElement[bool], *columns: ColumnElement[
     return Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
 
 
+Index("ix_batches_owner", batches.c.owner, batches.c.id)
 Index("ix_jobs_owner", jobs.c.owner, jobs.c.id)
 _partial("ix_jobs_turn", QUEUED, jobs.c.model, jobs.c.priority.desc(), jobs.c.turn, jobs.c.start_by, jobs.c.id)
 _partial("ix_jobs_lane", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jobs.c.start_by, jobs.c.id)
 _partial("ix_jobs_ticket", QUEUED, jobs.c.model, jobs.c.priority, jobs.c.owner, jobs.c.turn)
 _partial("ix_jobs_served", SERVED, jobs.c.model, jobs.c.priority, jobs.c.turn)
 _partial("ix_jobs_start_by", QUEUED, jobs.c.start_by)
-_partial("ix_jobs_waiting", QUEUED, jobs.c.owner, jobs.c.work)
+_partial("ix_jobs_waiting", and_(QUEUED, ALONE), jobs.c.owner, jobs.c.work)
+_partial("ix_jobs_waiting_lines", and_(QUEUED, LINE), jobs.c.owner, jobs.c.work)
+_partial("ix_jobs_batch", LINE, jobs.c.batch, jobs.c.line)
 _partial("ix_jobs_leased", LEASED, jobs.c.lease_until)
 _partial("ix_jobs_finished", FINISHED, jobs.c.data_removed, jobs.c.finished_at)
 _partial("ix_jobs_inputs", jobs.c.inputs.is_not(None), jobs.c.inputs)

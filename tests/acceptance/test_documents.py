@@ -23,7 +23,7 @@ PAGES = [HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))]
 EXAMPLES = sorted(path for path in (HOUSE / "examples").iterdir() if path.is_file())
 ADDRESS = "http://127.0.0.1:8000"
 SHOWN_ONLY = ("text", "json")
-LINKED = (".venv", "pyproject.toml", "serve_config.yaml", "models", "app", "bench", "examples", "tests")
+LINKED = (".venv", "pyproject.toml", "serve_config.yaml", "models", "app", "cluster", "bench", "examples", "tests")
 TIMEOUT_S = 240
 
 # Blocks that are not run, by their first line, and why.

@@ -72,7 +72,7 @@ async def _listed(jobs: Jobs, request: Request) -> Response:
         asked.get("model"),
         asked.get("kind"),
         asked.get("cursor"),
-        _number("limit", asked.get("limit", "50")),
+        wire.number("limit", asked.get("limit", "50")),
     )
     nothing = Estimate(position=None, eta_s=None)
     return wire.json_response(
@@ -86,14 +86,8 @@ def _state(text: str) -> State:
     return State(text)
 
 
-def _number(field: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise InvalidRequest(field, f"must be a whole number, not {text[:40]!r}")
-    return int(text)
-
-
 def _last_seen(request: Request) -> int:
-    return _number("Last-Event-ID", request.headers.get("last-event-id", "0"))
+    return wire.number("Last-Event-ID", request.headers.get("last-event-id", "0"))
 
 
 async def _events(jobs: Jobs, id: str, after_seq: int) -> AsyncGenerator[bytes, None]:

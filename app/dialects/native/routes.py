@@ -11,7 +11,18 @@ from fastapi.responses import JSONResponse, Response
 
 from app import links, metadata, wire
 from app.auth import scope
-from app.dialects.native import answering, answers, experiments, forms, jobs, receipts, requests, upscale, webhooks
+from app.dialects.native import (
+    answering,
+    answers,
+    batches,
+    experiments,
+    forms,
+    jobs,
+    receipts,
+    requests,
+    upscale,
+    webhooks,
+)
 from app.dialects.native.bodies import DrawBody, GenerateBody, OutpaintBody, VariationsBody
 from app.dialects.native.schemas import ANSWERS, EVENTS, JSON, body_schema
 from app.service import Service
@@ -35,6 +46,7 @@ def routes(service: Service) -> APIRouter:
     _add_lists(router, service)
     _add_requests(router, service)
     jobs.add(router, service)
+    batches.add(router, service)
     router.include_router(webhooks.routes(service))
     outer = APIRouter(tags=["native"])
     outer.include_router(router)

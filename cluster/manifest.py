@@ -1,0 +1,120 @@
+"""The manifest of a batch job: which row has come to what. It makes the job one that can be killed and taken up again.
+
+`job.json` says what the job is, and is written first. Whenever some rows are done, a part of the manifest is written,
+at once or not at all, after their pictures: what stands in a part is not drawn again. In the end the parts become
+`manifest.parquet`. Ray Data's own checkpoints know rows that left through a sink of its own: neither how a row failed
+nor which pictures it brought, which would need a second record beside them.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.place import Place
+from models.errors import InvalidRequest
+
+Record = Mapping[str, Any]
+
+JOB, WHOLE, PARTS = "job.json", "manifest.parquet", "parts"
+
+# A line for each picture, and for each row that came to none: with an error, and index 0.
+SCHEMA = pa.schema(
+    [
+        pa.field("number", pa.int64()),  # of the row in the input, from 0
+        pa.field("id", pa.string()),
+        pa.field("index", pa.int32()),
+        pa.field("path", pa.string()),  # below the output
+        pa.field("seed", pa.int64()),
+        pa.field("sha256", pa.string()),  # of the file
+        pa.field("format", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("model", pa.string()),
+        pa.field("revision", pa.string()),
+        pa.field("parameters", pa.string()),  # JSON
+        pa.field("timings", pa.string()),  # JSON, seconds by stage
+        pa.field("warnings", pa.string()),  # JSON
+        pa.field("error", pa.string()),  # JSON
+    ]
+)
+
+
+class Manifest:
+    """What is known of a job in its place."""
+
+    def __init__(self, place: Place):
+        self._place = place
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Claims the place for a job. Raises InvalidRequest where it holds another one's."""
+        written = self._place.get(JOB)
+        if written is not None and orjson.loads(written) != job:
+            other = ", ".join(_differences(orjson.loads(written), job))
+            raise InvalidRequest(
+                "output",
+                f"{self._place.output} holds another job, which differs in: {other}. Go on with that one's input and "
+                "options, or choose another output",
+            )
+        if written is None and (self._place.has(WHOLE) or self._place.names(PARTS)):
+            raise InvalidRequest("output", f"{self._place.output} holds a manifest without {JOB}; choose another one")
+        self._place.put(JOB, orjson.dumps(job, option=orjson.OPT_INDENT_2), "application/json")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the job is done."""
+        return self._place.has(WHOLE)
+
+    def has(self, first: int) -> bool:
+        """Whether there is a part that begins with that row."""
+        return self._place.has(_part(first))
+
+    def add(self, first: int, records: Iterable[Record]) -> None:
+        """Writes a part: all records of some rows, of which that is the first. Their pictures are there by now."""
+        self._place.put(_part(first), b"".join(orjson.dumps(r) + b"\n" for r in records), "application/jsonl")
+
+    def recorded(self) -> set[int]:
+        """The rows that are done, by number."""
+        return {record["number"] for part in self._parts() for record in part}
+
+    def finish(self) -> None:
+        """Makes the whole of the parts, in the order of the input, and removes them."""
+        if not self.whole:
+            table = pa.concat_tables([SCHEMA.empty_table(), *self._tables()])
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, WHOLE)
+                pq.write_table(table.sort_by([("number", "ascending"), ("index", "ascending")]), file)
+                self._place.put_file(WHOLE, file)
+        self._place.delete(*self._place.names(PARTS))
+
+    def counts(self) -> tuple[int, int]:
+        """How many pictures the finished job has, and how many errors."""
+        whole = self._place.get(WHOLE)
+        assert whole is not None
+        errors = pq.read_table(pa.BufferReader(whole), columns=["error"])["error"]
+        return errors.null_count, len(errors) - errors.null_count
+
+    def _tables(self) -> Iterator[pa.Table]:
+        """The parts, each row in the first that has it: a driver that was thought dead may have written it, too."""
+        told: set[int] = set()
+        for part in self._parts():
+            yield pa.Table.from_pylist([r for r in part if r["number"] not in told], SCHEMA)
+            told |= {record["number"] for record in part}
+
+    def _parts(self) -> Iterator[Sequence[Record]]:
+        for name in self._place.names(PARTS):
+            lines = self._place.get(name) or b""
+            yield [orjson.loads(line) for line in lines.splitlines()]
+
+
+def _part(first: int) -> str:
+    """A row is the first of one part only: what stands in a part is in no later one."""
+    return f"{PARTS}/{first:09d}.jsonl"
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))

@@ -1,0 +1,91 @@
+"""The manifest of a batch job, in a folder and on real S3 servers: whose it is, and how its parts become one."""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from app.stores.store import StoreUnavailable
+from cluster.manifest import SCHEMA, Manifest
+from cluster.place import Place
+from models.errors import InvalidRequest
+from tests.app.stores.conftest import BUCKET, CREDENTIALS
+
+JOB = {"version": 1, "input": "ab", "model": {"name": "sd15"}}
+
+
+def record(number: int, index: int = 0, **values: Any) -> dict[str, Any]:
+    return dict.fromkeys(SCHEMA.names) | {"number": number, "id": f"row-{number}", "index": index} | values
+
+
+@pytest.fixture(params=["folder", "moto", "rclone"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """An empty place of each kind; credentials come from the environment, as they do for a job."""
+    if request.param == "folder":
+        return Place(str(tmp_path / "output"))
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(f"AWS_{name.upper()}", value)
+    endpoint = request.getfixturevalue(request.param)
+    return Place(f"s3://{BUCKET}/{uuid.uuid4().hex}/deep", endpoint, "us-east-1")
+
+
+def test_a_place_keeps_objects_by_name(place: Place):
+    assert place.get("images/a-0.png") is None
+    place.put("images/a-0.png", b"one", "image/png")
+    place.put("images/a-0.png", b"two", "image/png")
+    place.put("images/b.c-0.png", b"three", "image/png")
+    assert place.get("images/a-0.png") == b"two"
+    assert (place.has("images/a-0.png"), place.has("images/a")) == (True, False)
+    assert place.names("images") == ["images/a-0.png", "images/b.c-0.png"]
+    assert place.names("parts") == []
+    place.delete("images/a-0.png", "images/a-0.png")
+    assert place.names("images") == ["images/b.c-0.png"]
+
+
+def test_parts_become_one_in_the_order_of_the_input(place: Place, tmp_path: Path):
+    manifest = Manifest(place)
+    manifest.begin(JOB)
+    manifest.add(4, [record(4), record(6, error='{"code": "x"}')])
+    manifest.add(0, [record(0, 1, path="b"), record(0, 0, path="a"), record(2)])
+    manifest.add(2, [record(2, path="of a driver that was thought dead"), record(3)])
+    assert (manifest.recorded(), manifest.has(4), manifest.has(6)) == ({0, 2, 3, 4, 6}, True, False)
+    assert not manifest.whole
+    manifest.finish()
+    manifest.finish()
+    assert manifest.whole
+    assert manifest.counts() == (5, 1)
+    assert place.names("parts") == []
+    (tmp_path / "manifest.parquet").write_bytes(place.get("manifest.parquet") or b"")
+    table = pq.read_table(tmp_path / "manifest.parquet")
+    assert table.schema.equals(SCHEMA)
+    lines = [(row["number"], row["index"], row["path"]) for row in table.to_pylist()]
+    assert lines == [(0, 0, "a"), (0, 1, "b"), (2, 0, None), (3, 0, None), (4, 0, None), (6, 0, None)]
+
+
+def test_a_place_belongs_to_one_job(place: Place):
+    Manifest(place).begin(JOB)
+    Manifest(place).begin(JOB)
+    with pytest.raises(InvalidRequest, match="differs in: input, model"):
+        Manifest(place).begin(JOB | {"input": "cd", "model": {"name": "sdxl"}})
+
+
+def test_a_manifest_without_a_job_is_not_written_over(place: Place):
+    place.put("parts/000000000.jsonl", b"", "application/jsonl")
+    with pytest.raises(InvalidRequest, match=r"without job\.json"):
+        Manifest(place).begin(JOB)
+
+
+def test_a_place_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for output in (str(tmp_path / "file"), str(tmp_path / "file" / "deep"), "s3://"):
+        with pytest.raises(InvalidRequest, match="output"):
+            Place(output)
+
+
+def test_a_place_that_takes_no_more_says_so(tmp_path: Path):
+    place = Place(str(tmp_path / "output"))
+    (tmp_path / "output" / "images").write_text("a file where a folder should be")
+    with pytest.raises(StoreUnavailable):
+        place.put("images/a-0.png", b"one", "image/png")
