@@ -16,7 +16,7 @@ from bench.load import Load, Run, drive
 from bench.machine import Machine
 from bench.plan import Plan
 from bench.replay import FIFO, BatchCosts, Trace, best_for_capacity, best_for_saturation
-from bench.results import Capacity, Measured, OpenLoop, Results, Saturated, WorkloadResults, ratio
+from bench.results import Capacity, Measured, OpenLoop, Results, Saturated, WorkloadResults
 from bench.serial import Serial
 from bench.server import Server
 from bench.workloads import RequestClass, Workload, class_of, request_of, requests_of
@@ -43,29 +43,36 @@ class Experiment:
         self._pictures: dict[str, dict[int, bytes]] = {}  # B0's, by workload and seed
 
     async def run(self) -> Results:
+        """Everyone in turn, and again: a machine's speed may change within minutes, and ratios are taken in a round."""
         started = time.monotonic()
-        async with Serial.embedded(self._plan.threads) as serial:
-            await self._calibrate(serial)
-            first = await self._measure_all(serial)
-        for name in self._plan.contenders:
-            if name in CHALLENGERS:
-                self._say(f"{name}: starting", 0, 1)
-                async with self._challenger(name) as challenger:
-                    await self._measure_all(challenger)
-        async with Serial.embedded(self._plan.threads) as serial:
-            self.results.drift = ratio(await self._again(serial), first)
+        names = ("B0", *(name for name in CHALLENGERS if name in self._plan.contenders))
+        for _ in range(self._plan.rounds):
+            for name in names:
+                async with self._opened(name) as contender:
+                    if isinstance(contender, Serial) and not self._isolated_s:
+                        await self._calibrate(contender)
+                    await self._saturate_all(contender)
+        for name in names:
+            async with self._opened(name) as contender:
+                await self._load_all(contender)
         self.results.minutes = round((time.monotonic() - started) / 60, 1)
         return self.results
 
-    def _challenger(self, name: str) -> Contender:
+    def _opened(self, name: str) -> Contender:
+        self._say(f"{name}: starting", 0, 1)
+        return self._contender(name)
+
+    def _contender(self, name: str) -> Contender:
         threads = self._plan.threads
         match name:
+            case "B0":
+                return Serial.embedded(threads)
             case "B1":
                 return Grouped(threads)
             case "E":
-                return InProcess.embedded(threads)
+                return InProcess.embedded(threads, cap=self._cap)  # measured in the first round, for all of them
             case _:
-                return Server(threads, max_rows=self._cap)  # None: it measures its own
+                return Server(threads, max_rows=self._cap)
 
     async def _calibrate(self, serial: Serial) -> None:
         """B0's isolated latencies, from which everyone's deadlines follow, and the batch times that tune B1."""
@@ -83,20 +90,28 @@ class Experiment:
                 WorkloadResults(name=workload.name, title=workload.title, isolated_s=isolated)
             )
 
-    async def _measure_all(self, contender: Contender) -> float | None:
-        """Measures under every workload. Returns the throughput under the first."""
+    async def _saturate_all(self, contender: Contender) -> None:
+        """Another round of saturation, under every workload."""
         for workload, results in zip(self._plan.workloads, self.results.workloads, strict=True):
-            measured = Measured(contender=contender.name, title=contender.title)
-            results.measured.append(measured)
             await self._warm_up(contender, workload)
-            measured.saturated = await self._saturate(contender, workload)
+            saturated = await self._saturate(contender, workload)
+            measured = results.of(contender.name)
+            if measured is None:
+                results.measured.append(Measured(contender.name, contender.title, saturated))
+            else:
+                measured.saturated = measured.saturated.and_again(saturated)
+
+    async def _load_all(self, contender: Contender) -> None:
+        """The capacity under every workload, and the latencies at the common rate."""
+        for workload, results in zip(self._plan.workloads, self.results.workloads, strict=True):
+            measured = results.of(contender.name)
+            assert measured is not None, "everyone was saturated"
+            await self._warm_up(contender, workload)
             measured.capacity = await self._capacity(contender, workload, measured.saturated.pictures_per_s)
-            if workload is not self._plan.compared:
-                continue
-            common = COMMON_SHARE * (results.throughput("B0") or 0.0)
-            run = await self._open_loop(contender, workload, common, "common rate", give_up=False)
-            measured.common = _open_loop(common, run)
-        return self.results.workloads[0].throughput(contender.name)
+            if workload is self._plan.compared:
+                common = COMMON_SHARE * (results.throughput("B0") or 0.0)
+                run = await self._open_loop(contender, workload, common, "common rate", give_up=False)
+                measured.common = _open_loop(common, run)
 
     async def _warm_up(self, contender: Contender, workload: Workload) -> None:
         """Two requests of every class, so that every shape and group has run; not measured."""
@@ -118,7 +133,7 @@ class Experiment:
         pictures = {o.request.seed: o.picture for o in run.outcomes if o.request.seed is not None}
         reference = self._pictures.setdefault(workload.name, pictures)  # B0 comes first
         return Saturated(
-            pictures_per_s=run.pictures_per_s,
+            rounds=(run.pictures_per_s,),
             rows_per_forward=run.rows_per_forward,
             difference=max(difference(pictures[seed], reference[seed]) for seed in pictures),
             note=note,
@@ -155,12 +170,6 @@ class Experiment:
             give_up=give_up,
         )
         return await self._drive(contender, load, f"{workload.title}: {what}")
-
-    async def _again(self, serial: Serial) -> float:
-        """B0 once more, saturated, under the first workload."""
-        requests = requests_of(self._plan.workloads[0], self._plan.saturating, self._plan.seed)
-        run = await self._drive(serial, Load.saturating(requests), "once more, for drift")
-        return run.pictures_per_s
 
     async def _drive(self, contender: Contender, load: Load, what: str) -> Run:
         done = 0

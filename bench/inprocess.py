@@ -33,8 +33,8 @@ class InProcess:
         self._rows = 0
 
     @classmethod
-    def embedded(cls, threads: int) -> Self:
-        return cls(partial(embedded, threads))
+    def embedded(cls, threads: int, cap: int | None = None) -> Self:
+        return cls(partial(embedded, threads, cap=cap))
 
     async def __aenter__(self) -> Self:
         self._engine = await asyncio.to_thread(host, self._make)
@@ -67,14 +67,15 @@ class InProcess:
         return Work(forwards=self._engine.load().forwards, rows=self._rows)
 
 
-def embedded(threads: int, warm_up: bool = True, adapters: Path | None = None) -> Engine:
-    """The embedded sd15 in float32 on the CPU, with the adapters in a folder; the warm-up measures its cap."""
+def embedded(threads: int, warm_up: bool = True, adapters: Path | None = None, cap: int | None = None) -> Engine:
+    """The embedded sd15 in float32 on the CPU, with the adapters in a folder; the warm-up measures its cap in rows
+    unless that is given."""
     torch.set_num_threads(threads)
     family = families.load(family="sd", source=str(SOURCE), device="cpu", dtype="float32")
     card = ModelCard.read(MODEL, "sd", str(SOURCE))
     engine = Engine(family, card, max_waiting=MAX_WAITING, adapters=Adapters(family, adapters))
     if warm_up:
-        engine.warm_up()
+        engine.warm_up(cap)
     return engine
 
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import httpx2
 import typer
-import yaml
 from rich.console import Console
 from sqlalchemy import delete, insert, select
 
@@ -24,7 +23,7 @@ from app.jobs.submission import Bounds
 from app.jobs.tables import jobs
 from bench import readme
 from bench.report import Sheet
-from bench.serving import PROJECT, Serving
+from bench.serving import Serving
 
 T = TypeVar("T")
 Seconds = dict[str, list[float]]
@@ -34,15 +33,16 @@ OWNERS = 10
 BATCH = 1000
 WARM_UP = 50
 LOOK = "GET /v1/jobs/{id}"
+MODEL = "elsewhere"  # which the server does not run: its jobs wait
 
 
-async def fill(database: Database, count: int, capped: int = 0) -> None:
+async def fill(database: Database, count: int, capped: int = 0, model: str = "sd15") -> None:
     """Puts `count` queued jobs of several owners in at once, as so many submissions would have left them.
 
     The first `capped` of them are another owner's, who has all the first turns, and of whom one job at a time may run.
     """
     store = JobStore(database, Bounds(waiting=2 * count + 2, per_owner=2 * count + 2))
-    first = (await store.submit(NewJob(owner="owner-0", model="sd15", kind="generate", request={}))).job
+    first = (await store.submit(NewJob(owner="owner-0", model=model, kind="generate", request={}))).job
     row = (await database.read(lambda c: c.execute(select(jobs).where(jobs.c.id == first.id)))).one()
     id, rows = first.id, []
     for number in range(1, count):
@@ -68,11 +68,11 @@ async def measure(database: Database, rounds: int) -> Seconds:
         return result
 
     for number in range(rounds):
-        new = NewJob(owner=f"owner-{number % OWNERS}", model="sd15", kind="generate", request={"seed": number})
+        new = NewJob(owner=f"owner-{number % OWNERS}", model=MODEL, kind="generate", request={"seed": number})
         job = (await timed("submit", store.submit(new))).job
         await timed("get", store.get(job.id, job.owner))
         await timed("position", store.position(job.id, job.owner))
-        (held,) = await timed("claim", store.claim("runner", ["sd15"], 1, 30.0))
+        (held,) = await timed("claim", store.claim("runner", [MODEL], 1, 30.0))
         await timed("heartbeat", store.heartbeat([held], 30.0, {held.id: JobProgress(done=number % 20, total=20)}))
         await timed("succeed", store.succeed(held, {"images": []}))
         await timed("events", store.events(held.id, held.job.owner))
@@ -83,14 +83,14 @@ async def measure(database: Database, rounds: int) -> Seconds:
 
 @asynccontextmanager
 async def gateway(url: str, folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    """The whole server on a database, less the runners: so its jobs wait."""
-    from bench.server import one_model  # which needs torch
+    """The whole server on a database."""
+    from bench.server import one_model, shipped  # which need torch
 
     def config(_: str) -> dict[str, Any]:
-        shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
-        served = one_model(shipped, {"max_rows": 2, "threads": 1})
-        arguments = next(one for one in served["applications"] if one["name"] == "gateway")["args"]
-        arguments |= {"database": url, "jobs": {}}
+        served = one_model(shipped(folder), {"max_rows": 2, "threads": 1}, jobs=True)
+        for application in served["applications"]:
+            if application["name"] in ("gateway", "jobs"):
+                application["args"] |= {"database": url}
         return served
 
     async with Serving(folder, config) as serving, httpx2.AsyncClient(base_url=serving.address, timeout=30) as client:
@@ -120,12 +120,12 @@ async def compare(url: str, rounds: int) -> dict[int, Seconds]:
         async with gateway(url, Path(folder)) as client:
             for size in SIZES:
                 await database.write(lambda c: c.execute(delete(jobs)))
-                await fill(database, size)
+                await fill(database, size, model=MODEL)
                 looks = await look(client, database, rounds)
                 found[size] = {LOOK: looks} | await measure(database, rounds)
                 await database.write(lambda c: c.execute(delete(jobs)))
-                await fill(database, size, capped=size // 2)
-                await JobStore(database).claim("runner", ["sd15"], 1, 3600.0)
+                await fill(database, size, capped=size // 2, model=MODEL)
+                await JobStore(database).claim("runner", [MODEL], 1, 3600.0)
                 found[size]["claim past one who is full"] = (await measure(database, rounds))["claim"]
     await database.close()
     return found

@@ -15,6 +15,7 @@ class Plan:
     seed: int
     threads: int
     saturating: int  # pictures
+    rounds: int  # in each of which everyone is saturated
     open_loop: int  # requests of one trial
     compared: Workload  # under which everyone's latencies are compared at one rate; every such run takes a minute
     repeats: int  # of a request alone
@@ -23,7 +24,7 @@ class Plan:
 
     @classmethod
     def make(cls, *, quick: bool, contenders: list[str], workloads: list[str], seed: int, threads: int) -> Self:
-        """The full plan takes about 25 minutes on two idle cores, the quick one a few."""
+        """The full plan takes about 50 minutes on two idle cores, the quick one a few."""
         named = tuple(WORKLOADS[name] for name in workloads)
         return cls(
             workloads=named or ((MIXED_STEPS,) if quick else tuple(WORKLOADS.values())),
@@ -31,6 +32,7 @@ class Plan:
             seed=seed,
             threads=threads,
             saturating=12 if quick else 40,
+            rounds=1 if quick else 3,
             open_loop=10 if quick else 40,
             compared=MIXED_STEPS,
             repeats=1 if quick else 3,

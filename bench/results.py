@@ -1,6 +1,7 @@
 """Results: what a run found, as plain data, and the ratios that are read from it."""
 
-from dataclasses import asdict, dataclass, field
+import statistics
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bench.machine import Machine
@@ -10,12 +11,22 @@ BASELINES = ("B0", "B1")
 
 @dataclass(frozen=True, kw_only=True)
 class Saturated:
-    """Everything submitted at once. `difference` is the largest from B0's pictures at any pixel, of 255."""
+    """Everything submitted at once, once in each round. `difference` is the largest from B0's pictures, of 255."""
 
-    pictures_per_s: float
+    rounds: tuple[float, ...]  # pictures a second
     rows_per_forward: float | None
     difference: int | None
     note: str = ""
+
+    @property
+    def pictures_per_s(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.rounds)
+
+    def and_again(self, later: "Saturated") -> "Saturated":
+        """With another round, whose settings are those that are told."""
+        apart = [one.difference for one in (self, later) if one.difference is not None]
+        return replace(later, rounds=(*self.rounds, *later.rounds), difference=max(apart, default=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +49,13 @@ class Capacity:
     note: str = ""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Measured:
     """One contender under one workload; what was not asked for stays None."""
 
     contender: str
     title: str
-    saturated: Saturated | None = None
+    saturated: Saturated
     capacity: Capacity | None = None
     common: OpenLoop | None = None
 
@@ -61,10 +72,17 @@ class WorkloadResults:
     def of(self, contender: str) -> Measured | None:
         return next((m for m in self.measured if m.contender == contender), None)
 
-    def throughput(self, *contenders: str) -> float | None:
-        """The best of these contenders' saturated throughput, None where none was measured."""
-        found = [self.of(name) for name in contenders]
-        return max((m.saturated.pictures_per_s for m in found if m and m.saturated), default=None)
+    def throughput(self, contender: str) -> float | None:
+        """A contender's saturated throughput, None where it was not measured."""
+        measured = self.of(contender)
+        return measured.saturated.pictures_per_s if measured else None
+
+    def speedups(self, above: str, *below: str) -> tuple[float, ...]:
+        """A contender's saturated throughput over the best of others', in each round: a machine that is slower for
+        some minutes is so for all of a round. Empty where either was not measured."""
+        rounds = {m.contender: m.saturated.rounds for m in self.measured}
+        best = [max(one) for one in zip(*(rounds[name] for name in below if name in rounds), strict=False)]
+        return tuple(a / b for a, b in zip(rounds.get(above, ()), best, strict=False))
 
     def capacity(self, *contenders: str) -> float | None:
         """The best of these contenders' capacity, None where none was measured."""
@@ -74,13 +92,12 @@ class WorkloadResults:
 
 @dataclass(kw_only=True)
 class Results:
-    """A whole run. `drift` is B0's throughput at the end over that at the beginning."""
+    """A whole run."""
 
     machine: Machine
     command: str
     seed: int
     workloads: list[WorkloadResults] = field(default_factory=list)
-    drift: float | None = None
     minutes: float = 0.0
 
     def as_json(self) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Server:
         assert stopping is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
-        shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
-        self._serving = Serving(Path(self._folder.name), lambda _: one_model(shipped, self._settings))
+        folder = Path(self._folder.name)
+        self._serving = Serving(folder, lambda _: one_model(shipped(folder), self._settings))
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(base_url=self._serving.address, timeout=None, limits=limits)
         try:
@@ -77,13 +77,22 @@ class Server:
         """A client does not see it."""
 
 
-def one_model(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with only the benchmarked model, which has these settings besides its own, and without jobs."""
-    wanted = [a for a in config["applications"] if not a["name"].startswith("model-") or MODEL in a["name"]]
-    applications = [a for a in wanted if a["name"] != "jobs"]
+def shipped(folder: Path) -> dict[str, Any]:
+    """The repository's own configuration, which keeps its data in the folder."""
+    return yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
+
+
+def one_model(config: dict[str, Any], settings: dict[str, Any], jobs: bool = False) -> dict[str, Any]:
+    """The configuration with only the benchmarked model, which has these settings besides its own; without jobs
+    unless they are wanted."""
+    left_out = {a["name"] for a in config["applications"] if a["name"].startswith("model-") and MODEL not in a["name"]}
+    left_out |= set() if jobs else {"jobs"}
+    applications = [a for a in config["applications"] if a["name"] not in left_out]
     model = next(a for a in applications if a["name"] == f"model-{MODEL}")
     model["args"] |= settings
-    gateway = next(a for a in applications if a["name"] == "gateway")
-    del gateway["args"]["jobs"]
-    gateway["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
+    for application in applications:
+        if application["name"] in ("gateway", "jobs"):
+            application["deployments"][0]["user_config"] |= {"default_model": MODEL, "models": [model["args"]]}
+    if not jobs:
+        del next(a for a in applications if a["name"] == "gateway")["args"]["jobs"]
     return {**config, "applications": applications}

@@ -202,21 +202,21 @@ def test_the_tables_say_what_was_not_measured():
     baseline = Measured(
         contender="B0",
         title="alone",
-        saturated=Saturated(pictures_per_s=1.0, rows_per_forward=2.0, difference=0),
+        saturated=Saturated(rounds=(1.0, 0.5, 1.2), rows_per_forward=2.0, difference=0),
         capacity=Capacity(rate=0.4, trials=()),
         common=trial,
     )
     engine = Measured(
         contender="E",
         title="ours",
-        saturated=Saturated(pictures_per_s=2.5, rows_per_forward=9.0, difference=1),
+        saturated=Saturated(rounds=(2.5, 1.0, 3.6), rows_per_forward=9.0, difference=1),
         capacity=Capacity(rate=0.8, trials=(trial,)),
         common=trial,
     )
     workload = WorkloadResults(name="steps", title="mixed steps", isolated_s={}, measured=[baseline, engine])
-    results = Results(machine=Machine.here(2), command="python -m bench", seed=1, workloads=[workload], drift=0.5)
-    assert "| mixed steps | 2.50 | 2.50 | – | 2.00 |" in markdown(results)
-    assert "not worth keeping" in markdown(results)
+    results = Results(machine=Machine.here(2), command="python -m bench", seed=1, workloads=[workload])
+    assert "| mixed steps | 2.50 (2.50, 2.00, 3.00) | 2.50 (2.50, 2.00, 3.00) | – | 2.00 |" in markdown(results)
+    assert "by round: 1.00, 0.50, 1.20 pictures a second" in markdown(results)
     assert "| E | 2.50 | 9.0 | 0.80 |" in markdown(results)
 
 
@@ -301,3 +301,10 @@ def test_drift_is_that_of_the_nearest_picture():
 
     reference = torch.ones(4, 8, 8)
     assert nearest(reference, [-reference, 1.01 * reference]) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_hits_are_told_in_milliseconds():
+    from bench.hits import sheet_of
+
+    sheet = sheet_of({"a hit": [0.001 * i for i in range(1, 102)]})
+    assert sheet.rows == [["a hit", "51.0", "96.0", "100.0"]]

@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -24,9 +24,11 @@ from app.errors import code_of, envelope, headers_of, status_of
 from app.jobs.job import Claim
 from app.jobs.states import State
 from app.jobs.store import JobStore
+from app.jobs.tables import jobs
 from app.keys.caller import Limits
 from app.keys.registry import Keys
 from app.results.results import Results
+from app.results.table import places
 from models.errors import InvalidRequest, Unavailable
 from tests.app.jobs.making import HOOK, claim_one, submit
 
@@ -55,6 +57,9 @@ HOLDINGS = {
         " VALUES ('0192f0c2a1b37c4d8e5f60718293a4b6', 'ada', 'f', '{\"seed\": 7}', '[{\"key\": \"results/1/0\"}]',"
         " 1e9, 9e9)",
     ),
+    "0004": (f"UPDATE jobs SET inputs = '{'f' * 32}'",),
+    "0005": ("UPDATE jobs SET at_once = 2, accompanied = false",),
+    "0006": (f"INSERT INTO places (id) VALUES ('{'a' * 32}')",),
 }
 
 
@@ -110,7 +115,13 @@ async def test_every_earlier_schema_is_brought_up_to_date_with_what_it_holds(rev
         (job,) = (await store.list("ada")).jobs
         assert (job.state, job.request, job.work) == (State.QUEUED, {"prompt": "a"}, 1.5)
         assert [event.data for event in await store.events(job.id, "ada")] == [{"state": "queued"}]
+        assert job.inputs == ("f" * 32 if "0004" in passed else None)
+        columns = select(jobs.c.at_once, jobs.c.accompanied)
+        held = tuple((await bare.read(lambda c: c.execute(columns))).one())
+        assert held == ((2, False) if "0005" in passed else (None, True))
         assert (await claim_one(store)).id == job.id
+    if "0006" in passed:
+        assert list(await bare.read(lambda c: c.scalars(select(places.c.id)))) == ["a" * 32]
     if "0002" in passed:
         (key,) = (await Keys(bare, b"p" * 32).list())[1]
         assert (key.name, key.scopes, key.limits) == ("ada", ("generate",), Limits(concurrent_jobs=2))
@@ -355,6 +366,7 @@ SUBMITTER = """
 import asyncio, sys
 from app.database import Database
 from app.jobs.store import JobStore
+from app.jobs.tables import jobs
 from tests.app.jobs.making import submit
 
 async def main(url):
