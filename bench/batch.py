@@ -22,7 +22,7 @@ from bench import readme
 from bench.report import Sheet
 from bench.serving import PROJECT
 from bench.workloads import MODEL, RequestClass, request_of
-from models.events import Event, Finished
+from models.events import Event, Failed, Finished
 from models.request import GenerationRequest
 
 KIND = RequestClass(128, 8)
@@ -100,20 +100,24 @@ def _alone(prompts: int, threads: int) -> float:
 
 
 def draw(prompts: int, threads: int) -> None:
-    """Prints when each picture was there."""
+    """Prints when each picture was there. Raises what a request fails with."""
     from bench.inprocess import embedded
     from models.engine import host
 
-    engine, times = host(partial(embedded, threads)), list[float]()
+    engine, times, failed = host(partial(embedded, threads)), list[float](), list[Failed]()
 
     def on_event(event: Event) -> None:
         if isinstance(event, Finished):
             times.append(time.time())
+        elif isinstance(event, Failed):
+            failed.append(event)
 
     requests = [request_of(KIND, number) for number in range(0, prompts, ALONE)]
     for request in requests:
         engine.submit(request, on_event, progress=False)
     while len(times) < len(requests):
+        if failed:
+            raise failed[0].error
         time.sleep(0.05)
     engine.close()
     print(json.dumps(times))

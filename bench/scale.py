@@ -28,7 +28,7 @@ TIMES = {
     PACED: {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02},
     FREE: {"forward_s": 0.0, "row_s": 0.0, "picture_s": 0.0},
 }
-SETTINGS = {"max_rows": 8, "defaults": {"max_pixels": 1024 * 1024}}
+SETTINGS: dict[str, Any] = {"max_rows": 8, "defaults": {"max_pixels": 1024 * 1024}}
 STEPS = (16, 18, 20, 22, 24)  # in turn, so that pictures do not come in waves
 PER_REPLICA = 8  # clients in the closed loop: twice what shares a forward
 SHARE = 0.7  # of what the closed loop gave is what arrives in the open one

@@ -28,6 +28,7 @@ from tests.faults.twins import twins
 # After the last fault everything has to come to its end. A webhook whose second attempt was lost, too, is sent again
 # five minutes later.
 SETTLE_S = 600.0
+COMPARE_S = 10.0  # for the pictures of a job, each drawn again
 AT_ONCE = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -81,7 +82,7 @@ async def run(wanted: Run, console: Console) -> None:
                 await ending.settled(database)
         with console.status("comparing the pictures"):
             ended = await ending.write_rows(database, log)
-            async with _at_most(SETTLE_S), twins(system.model) as alone:
+            async with _at_most(SETTLE_S + COMPARE_S * len(ended)), twins(system.model) as alone:
                 await ending.write_pictures(ended, wanted.plan.jobs, clients, alone, log)
 
 

@@ -76,6 +76,8 @@ class Cluster:
             f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder / 'ray'}", "--num-gpus=0",
             "--labels=heliograph/role=gateway",
         )  # fmt: skip
+        # Ray would take the workers, which have this head's address on their command lines, for a head that runs.
+        (self.folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         kept = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.folder / "gcs")}
         await self._start(HEAD, words, kept)
         await self._until_answers(f"{self.dashboard}/api/gcs_healthz", HEAD)
