@@ -86,8 +86,8 @@ def served(by: type[Model], args: ModelSettings) -> Application:
     """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
     deployment = _MODEL(by)
     if args.routing == "work":
-        router: Any = {"request_router_class": WorkRouter, "request_router_kwargs": {"hold_s": args.hold_s}}
-        by_work = RequestRouterConfig(**router, request_routing_stats_period_s=REPORT_S)
+        options: Any = {"request_router_class": WorkRouter, "request_router_kwargs": {"hold_s": args.hold_s}}
+        by_work = RequestRouterConfig(**options | {"request_routing_stats_period_s": REPORT_S})
         deployment = deployment.options(request_router_config=by_work)
     return deployment.bind(args)
 
