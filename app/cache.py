@@ -8,7 +8,6 @@ from typing import Generic, TypeVar
 
 import orjson
 
-from app.origin import Origin
 from models import document
 from models.errors import GenerationFailed
 from models.metadata import named
@@ -30,21 +29,18 @@ def is_repeatable(request: GenerationRequest) -> bool:
     return request.seed is not None and not varied and not enlarged
 
 
-def fingerprint(request: EffectiveRequest, origin: Origin | None = None) -> str:
-    """The same for requests that draw the same: SHA-256 over every parameter, input pictures by their hashes.
-
-    With an origin also over the weights: those of the model, and of what the request puts on it.
-    """
+def fingerprint(request: EffectiveRequest) -> str:
+    """The same for requests that draw the same with the same weights: SHA-256 over every parameter, input pictures by
+    their hashes."""
     told = {name: value for name, value in document.write(request, named).items() if name not in _ORDER}
-    weights = None if origin is None else [origin.revision, dict(origin.adapters)]
-    return hashlib.sha256(orjson.dumps([told, weights], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-async def fingerprint_aside(request: EffectiveRequest, origin: Origin | None = None) -> str:
+async def fingerprint_aside(request: EffectiveRequest) -> str:
     """The same, in a thread where there are input pictures to hash, which may be large."""
     if any(document.pictures(request)):
-        return await asyncio.to_thread(fingerprint, request, origin)
-    return fingerprint(request, origin)
+        return await asyncio.to_thread(fingerprint, request)
+    return fingerprint(request)
 
 
 class Flights(Generic[T]):

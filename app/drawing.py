@@ -15,7 +15,7 @@ from app.origin import Needs, Origin
 from app.results import receipt as receipts
 from app.results.keeping import keep
 from app.results.receipt import Drawn
-from app.results.results import Results
+from app.results.results import Result, Results
 from models.errors import GenerationFailed, InvalidRequest, NotFound, Unavailable
 from models.events import Failed, Finished, Progress, Timings
 from models.limits import DEADLINE_S
@@ -154,23 +154,20 @@ class Drawing:
         )
 
     async def _found(self, wanted: EffectiveRequest) -> GenerationResult | None:
-        """The pictures of the same request that are kept. Where they cannot be had at once, drawing does without."""
+        """The pictures of the same request that are kept, where they are still what would be drawn. Where they cannot
+        be had at once, drawing does without."""
         started = time.monotonic()
         if self._results is None or not self._results.stores:
             return None
         try:
             async with asyncio.timeout(LOOKUP_S):
-                origin = await self._replicas.origin(wanted.model, Needs.of(wanted))
-                if origin is None:
-                    return None
-                about = await fingerprint_aside(wanted, origin)
-                result = await self._results.find(current.get().id, about)
-                if result is None:
-                    return None
-                files = await self._results.files(result)
-                images = await asyncio.to_thread(receipts.images, result.receipt, files)
+                asking = self._replicas.origin(wanted.model, Needs.of(wanted))
+                origin, kept = await asyncio.gather(asking, self._looked_up(self._results, wanted))
         except (TimeoutError, Unavailable, NotFound, InvalidRequest):
             return None
+        if origin is None or kept is None or not origin.drew(kept[0].receipt):
+            return None
+        result, images = kept
         return GenerationResult(
             id=uuid.uuid4().hex,
             created=int(time.time()),
@@ -182,6 +179,18 @@ class Drawing:
             receipt_id=result.id,
             keys=result.keys,
         )
+
+    async def _looked_up(
+        self, results: Results, wanted: EffectiveRequest
+    ) -> tuple[Result, tuple[Finished, ...]] | None:
+        """The newest result of the same request, with its pictures, whatever weights they were drawn with.
+
+        Raises Unavailable, NotFound, InvalidRequest.
+        """
+        result = await results.find(current.get().id, await fingerprint_aside(wanted))
+        if result is None:
+            return None
+        return result, await asyncio.to_thread(receipts.images, result.receipt, await results.files(result))
 
     async def _kept(self, result: GenerationResult, again: bool, urls: bool) -> GenerationResult:
         if self._results is None or result.origin is None:

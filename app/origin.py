@@ -34,6 +34,10 @@ class Origin:
     versions: Mapping[str, str]
     adapters: Mapping[str, str]
 
+    def drew(self, receipt: Mapping[str, Any]) -> bool:
+        """Whether a receipt's pictures were drawn with the same weights: the model's, and those put on it."""
+        return (receipt.get("revision"), receipt.get("adapters")) == (self.revision, dict(self.adapters))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:

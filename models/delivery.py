@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from models import metadata
+from models import heap, metadata
 from models.autoencoder import Autoencoder, to_bytes
 from models.errors import GenerationFailed
 from models.events import Finished, Timings
@@ -18,6 +18,7 @@ from models.sequence import Sequence
 from models.work import NEVER
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
+_TIDY_S = 20.0  # between two times that freed memory is given back, in which it grows by some tens of MiB
 
 OnPacked = Callable[[Sequence, Finished | GenerationFailed], None]
 
@@ -32,6 +33,7 @@ class Delivery:
         self._pixels = _PICTURES * native_pixels
         self._on_packed = on_packed
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
+        self._tidied = time.monotonic()
 
     def take(self) -> list[Sequence]:
         """The next few to decode together: one shape, and no more than would hold up the steps. Keys take turns."""
@@ -51,6 +53,9 @@ class Delivery:
         pictures = self._autoencoder.decode(torch.stack([sequence.latents for sequence in sequences])).numpy()
         for sequence, picture in zip(sequences, pictures, strict=True):
             self._threads.submit(self._pack, sequence, picture)
+        if time.monotonic() - self._tidied > _TIDY_S:
+            self._tidied = time.monotonic()
+            self._threads.submit(heap.give_back)
 
     def close(self) -> None:
         """Waits for the pictures that are being packed."""

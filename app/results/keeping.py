@@ -35,7 +35,7 @@ async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictu
             await results.put_inputs(id, drawn.request)
     except Unavailable as full:
         fault = full
-    about = await fingerprint_aside(drawn.request, drawn.origin) if again and keys else None
+    about = await fingerprint_aside(drawn.request) if again and keys else None
     receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
     return await _recorded(results, owner, receipt, Kept(receipt_id=id, keys=keys, fault=fault), about)
 
