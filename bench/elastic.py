@@ -26,7 +26,7 @@ from bench import readme
 from bench.chart import Panel, Points, draw
 from bench.replicas import Count, count, replica_seconds, watch
 from bench.report import Sheet
-from bench.serving import PROJECT, Serving
+from bench.serving import PROJECT, Serving, end_on_sigterm
 from bench.simulation import simulated
 from bench.trace import LONG, SHORT, Answer, Arrival, Shape, replay, trace
 from bench.workloads import MODEL
@@ -202,6 +202,7 @@ def _percentile(values: Sequence[float], percent: float) -> float:
 
 async def compare(ways: Sequence[Contender], arrivals: Sequence[Arrival], progress: Progress) -> list[Result]:
     """Each of them, one after another."""
+    end_on_sigterm()
     tasks: list[TaskID] = [progress.add_task(way.name, total=len(arrivals)) for way in ways]
     return [
         await measure(way, arrivals, lambda task=task: progress.advance(task))

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench import readme
 from bench.report import NOTHING, Sheet
-from bench.serving import PROJECT, Serving
+from bench.serving import PROJECT, Serving, end_on_sigterm
 
 LIGHT, FLOOD = "light", "flood"  # the two keys' names
 WARM_UP = 3  # requests that are not counted
@@ -147,6 +147,7 @@ async def _run(folder: Path, threads: int, seconds: int, requests: int, say: Cal
     arguments = next(one for one in config["applications"] if one["name"] == "gateway")["args"]
     arguments |= {"auth": "keys"}
     say("starting the server")
+    end_on_sigterm()
     async with Serving(folder, lambda _: config) as serving:
         database = Database(arguments["database"])
         keys = registry.opened(database, arguments["secret_file"])

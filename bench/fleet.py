@@ -1,7 +1,6 @@
 """A fleet: a server of simulated models on this machine, whose replicas are counted out while it runs."""
 
 import asyncio
-import signal
 import tempfile
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -12,7 +11,7 @@ from typing import Any, Self
 import httpx2
 import yaml
 
-from bench.serving import PROJECT, Serving
+from bench.serving import PROJECT, Serving, end_on_sigterm
 from bench.simulation import Times, simulated
 
 READY_TIMEOUT_S = 300.0  # for a wave of replicas: each imports torch, and they share the machine's cores
@@ -33,10 +32,7 @@ class Fleet:
         self._environment = {"RAY_AUTH_MODE": "disabled"} | dict(environment or {})
 
     async def __aenter__(self) -> Self:
-        # Ended from outside, this process must stop what it has started.
-        stopping = asyncio.current_task()
-        assert stopping is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
+        end_on_sigterm()
         options = [word for pair in self._environment.items() for word in ("--environment", "=".join(pair))]
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heliograph-fleet-")))

@@ -23,7 +23,7 @@ from app.jobs.submission import Bounds
 from app.jobs.tables import jobs
 from bench import readme
 from bench.report import Sheet
-from bench.serving import Serving
+from bench.serving import Serving, end_on_sigterm
 
 T = TypeVar("T")
 Seconds = dict[str, list[float]]
@@ -93,6 +93,7 @@ async def gateway(url: str, folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
                 application["args"] |= {"database": url}
         return served
 
+    end_on_sigterm()
     async with Serving(folder, config) as serving, httpx2.AsyncClient(base_url=serving.address, timeout=30) as client:
         yield client
 

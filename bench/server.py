@@ -1,7 +1,6 @@
 """H: Heliograph through HTTP, the server that `heliograph serve` starts, asked as any client would."""
 
 import asyncio
-import signal
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import httpx2
 import yaml
 
 from bench.inprocess import MAX_WAIT_S, MAX_WAITING
-from bench.serving import PROJECT, Serving
+from bench.serving import PROJECT, Serving, end_on_sigterm
 from bench.workloads import MODEL
 from models.request import GenerationRequest
 
@@ -30,10 +29,7 @@ class Server:
         self._settings = {"threads": threads, "max_waiting": MAX_WAITING, "max_wait_s": MAX_WAIT_S} | settings
 
     async def __aenter__(self) -> Self:
-        # Ended from outside, this process must stop what it has started; ray's own handler for the signal would not.
-        stopping = asyncio.current_task()
-        assert stopping is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
+        end_on_sigterm()  # ray's own handler for the signal would not
         self._folder = tempfile.TemporaryDirectory(prefix="heliograph-bench-")
         folder = Path(self._folder.name)
         self._serving = Serving(folder, lambda _: one_model(shipped(folder), self._settings))

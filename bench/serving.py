@@ -99,6 +99,13 @@ class Serving:
                 await asyncio.sleep(0.5)
 
 
+def end_on_sigterm() -> None:
+    """Has SIGTERM cancel the current task: its blocks end, and stop the servers that they have started."""
+    stopping = asyncio.current_task()
+    assert stopping is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.cancel)
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
