@@ -1,6 +1,5 @@
 """H: Heliograph through HTTP, the server that `heliograph serve` starts, asked as any client would."""
 
-import asyncio
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
