@@ -35,6 +35,17 @@ def test_serve_and_we_accept_it(path: Path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_replicas_follow_the_work(path: Path):
+    """Of the models and of the upscaler: whatever has its number of replicas from Serve."""
+    deployments = [d for a in load(path)["applications"] for d in a["deployments"]]
+    scaled = [d["autoscaling_config"] for d in deployments if "autoscaling_config" in d]
+    assert len(scaled) == len(deployment.read(path)[0].models) + 1
+    for config in scaled:
+        assert config["policy"]["policy_function"] == deployment.WORK_POLICY
+        assert config["aggregation_function"] == "max"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_what_no_node_shares_is_kept_elsewhere(path: Path):
     gateway = deployment.read(path)[0].gateway
     assert gateway.database.startswith("postgresql://")
