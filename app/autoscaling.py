@@ -35,8 +35,8 @@ class WorkPolicy:
         left = _freshest(context, "seconds_left")
         if not left and context.current_num_replicas:  # they have just started, or do not tell
             return max(context.target_num_replicas, 1), {}
-        request_s = _freshest(context, "request_s")
-        mean_s = sum(request_s.values()) / len(request_s) if request_s else 0.0
+        request_s = [s for s in _freshest(context, "request_s").values() if s]  # a new replica has met none yet
+        mean_s = sum(request_s) / len(request_s) if request_s else 0.0
         queued = context.total_queued_requests or 0.0
         seconds = sum(left.values()) + mean_s * queued
         wanted = max(_ceil(seconds / self._drain_s), _ceil(_in_use(context) / HEADROOM))

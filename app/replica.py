@@ -6,6 +6,7 @@ torch is imported when a replica is made, never when this module is: Serve's own
 import asyncio
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,8 @@ class Model:
         self, request: EffectiveRequest, progress: bool, id: str, key: str = "", hint: Hint | None = None
     ) -> AsyncGenerator[ReplicaEvent, None]:
         """Runs one request under its id and yields its events, Admitted first. A caller who stops listening cancels it.
-        `key` says whose it is.
+        `key` says whose it is. The engine knows it by another id: where a call seemed lost, the gateway may send the
+        request here again before the first call's end has come, which must not end the second.
 
         Progress comes only where `progress` asks for it, since each event costs a millisecond on its way. The hint is
         what the call was routed by.
@@ -59,12 +61,12 @@ class Model:
         events: asyncio.Queue[Event] = asyncio.Queue()
         chain = Chain(request, events, self._upscaler)
         loop = asyncio.get_running_loop()
-        waiting = self._engine.load().waiting
+        waiting, ticket = self._engine.load().waiting, uuid.uuid4().hex
 
         def submit() -> Origin:
             origin = self._origins.of(Needs.of(request))
             on_event = partial(loop.call_soon_threadsafe, chain.put)
-            self._engine.submit(chain.first, on_event, progress=progress, id=id, key=key)
+            self._engine.submit(chain.first, on_event, progress=progress, id=ticket, key=key)
             self._vitals.note(hint or Hint.of(request))
             return origin
 
@@ -76,12 +78,12 @@ class Model:
             yield Failed(error=refusal)
             return
         except asyncio.CancelledError:
-            submitting.add_done_callback(lambda _: self._engine.cancel(id))
+            submitting.add_done_callback(lambda _: self._engine.cancel(ticket))
             raise
 
         def end(ending: Ending) -> None:
             if ending == "accept":
-                self._engine.accept(id)
+                self._engine.accept(ticket)
             else:
                 loop.call_soon_threadsafe(events.put_nowait, Failed(error=Cancelled()))
 
@@ -96,7 +98,7 @@ class Model:
                         return
                     unfinished -= isinstance(event, Finished)
         finally:
-            self._engine.cancel(id)
+            self._engine.cancel(ticket)
             chain.close()
 
     async def origin(self, needs: Needs) -> AsyncGenerator[Origin | None, None]:

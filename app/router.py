@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.request_router import ReplicaID
 from ray.util import list_named_actors
@@ -35,6 +35,8 @@ from models.parts import Upscale
 from models.request import EffectiveRequest
 
 ATTEMPTS = 2
+# What comes of a replica's death. A picture that it has handed over may still lie on its node, and be gone with that.
+DEATHS = (RayActorError, ObjectLostError, NodeDiedError)
 DEADLINE_GRACE_S = 1.0  # the engine notices a deadline first and says so better; this is for requests it never saw
 STATUS_AGE_S = 1.0
 STATUS_PATIENCE_S = 0.5
@@ -98,7 +100,7 @@ class Router:
                                 yield event
                             running.note(event)
                     return
-                except RayActorError as death:
+                except DEATHS as death:
                     if attempt == self._attempts:
                         raise ReplicaDied(
                             "replica_lost", "the replica died while it worked on the request; send it again"
@@ -177,7 +179,7 @@ class Router:
                 if isinstance(event, Admitted) and running.accepted and not accepted:  # while no replica knew of it
                     await self.end("accept", id)
                 yield running.told(event, sent)
-        except RayActorError:
+        except DEATHS:
             raise
         except (RayError, RayServeException) as fault:
             raise _typed(fault, f"model {model}", self._admission.retry_after_s(model, BACKPRESSURE_RETRY_S)) from fault
@@ -225,7 +227,7 @@ class UpscalerRoute:
         """The encoded picture, enlarged, in that format and with these texts in it. Raises ReplicaDied."""
         try:
             answer = await self._attempt(picture, wanted, format, text)
-        except RayActorError as death:
+        except DEATHS as death:
             if attempts > 1:
                 return await self.upscale(picture, wanted, format, text, attempts - 1)
             raise ReplicaDied(
@@ -248,7 +250,7 @@ class UpscalerRoute:
             answer = await response
             self._picture_s += _FRESH * (time.monotonic() - began - self._picture_s)
             return answer
-        except RayActorError:
+        except DEATHS:
             raise
         except (RayError, RayServeException) as fault:
             raise _typed(fault, "the upscaler", self._picture_s) from fault

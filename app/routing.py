@@ -8,6 +8,7 @@ import asyncio
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,11 +82,16 @@ class Standing:
         return (one for one in self.sent if one.at >= self.heard - LAG_S)
 
 
+def usual_pace(standings: Iterable[Standing]) -> float:
+    """The mean pace of those that have told theirs; 0 where none has."""
+    paces = [standing.pace for standing in standings if standing.pace > 0]
+    return sum(paces) / len(paces) if paces else 0.0
+
+
 def ends(standings: Iterable[Standing], hint: Hint, now: float) -> list[float]:
     """When each replica would be done with the request, in seconds from now; in work where no pace is known."""
     known = list(standings)
-    paces = [standing.pace for standing in known if standing.pace > 0]
-    usual = sum(paces) / len(paces) if paces else 1.0
+    usual = usual_pace(known) or 1.0
     return [
         (standing.left(now) + hint.work * (1 + standing.coldness(hint))) * (standing.pace or usual)
         for standing in known
@@ -105,6 +111,7 @@ class WorkRouter(RequestRouter):
         self._standings: dict[ReplicaID, Standing] = {}
         self._lobby = Lobby()
         self._hold_s = math.inf
+        self._usual_pace = math.inf  # as told last; while nobody has told, whatever is under way may take for ever
 
     def initialize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hold_s: float | None = None
@@ -119,6 +126,13 @@ class WorkRouter(RequestRouter):
         self._standings = {r.replica_id: self._standings.get(r.replica_id, Standing()) for r in replicas}
         for replica in replicas:
             self._standings[replica.replica_id].hear(replica.routing_stats or {}, now)
+        self._usual_pace = usual_pace(self._standings.values()) or self._usual_pace
+        self._let_in()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Serve calls it where a call has found a replica dead, which the controller will tell some seconds later."""
+        super().on_replica_actor_died(replica_id)
+        self._standings.pop(replica_id, None)  # else it would seem to have room
         self._let_in()
 
     async def choose_replicas(
@@ -126,7 +140,7 @@ class WorkRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Every replica in a rank of its own, the best first: within a rank Serve would go by numbers of requests."""
         if len(candidate_replicas) < 2:
-            return [candidate_replicas]
+            return [[replica] for replica in candidate_replicas]  # the last one may have gone during a wait for room
         replicas = random.sample(candidate_replicas, len(candidate_replicas))  # so that equals take turns
         standings = [self._standings.get(replica.replica_id, Standing()) for replica in replicas]
         order = ends(standings, _hint(pending_request), time.monotonic())
@@ -177,7 +191,7 @@ class WorkRouter(RequestRouter):
         """Waits until a replica has room, where the call has to wait for that."""
         if math.isinf(self._hold_s) or hint.urgent or (self._has_room() and not self._lobby):
             return
-        if not self._under_way(hint.party):
+        if not self._under_way()[hint.party]:
             return
         try:
             with self._lobby.place(hint) as waiter:
@@ -190,18 +204,30 @@ class WorkRouter(RequestRouter):
     def _let_in(self) -> None:
         """Lets one call in where there is room, or where it has come to have nothing at any replica. The next one
         follows once it is known where this one goes."""
-        waiter = self._lobby.next(self._under_way)
-        if waiter is not None and (self._has_room() or not self._under_way(waiter.hint.party)):
+        if not self._lobby or not self._standings:
+            return
+        under_way = self._under_way()
+        waiter = self._lobby.next(under_way.__getitem__)
+        if waiter is not None and (self._has_room() or not under_way[waiter.hint.party]):
             self._lobby.call(waiter)
 
     def _has_room(self) -> bool:
+        """A replica that has not told its pace yet is taken for an ordinary one: else all that waits would be sent to
+        the first that comes, in the second before its first report."""
         now = time.monotonic()
-        return any(standing.left(now) * standing.pace < self._hold_s for standing in self._standings.values())
+        for standing in self._standings.values():
+            left = standing.left(now)
+            if not left or left * (standing.pace or self._usual_pace) < self._hold_s:
+                return True
+        return False
 
-    def _under_way(self, party: Party) -> float:
-        """The work that somebody has at replicas, as far as it was sent from here."""
-        sent = (one.hint for standing in self._standings.values() for one in standing.sent)
-        return sum(hint.work for hint in sent if hint.party == party)
+    def _under_way(self) -> Mapping[Party, float]:
+        """The work that each has at replicas, as far as it was sent from here; added up once for all who wait."""
+        work: defaultdict[Party, float] = defaultdict(float)
+        for standing in self._standings.values():
+            for one in standing.sent:
+                work[one.hint.party] += one.hint.work
+        return work
 
 
 def _hint(pending_request: PendingRequest | None) -> Hint:

@@ -29,8 +29,8 @@ JOBS_APPLICATION = "jobs"
 RUNNER_DEPLOYMENT = "JobRunner"
 
 # What `heliograph serve` sets before it imports Ray, unless it is set already. Token authentication because Ray's
-# dashboard runs code for whoever reaches it (CVE-2023-48022); frequent pushes because the autoscaler is blind between;
-# a controller that looks at everything twice a second, since ten times takes 3 % of a core from the models.
+# dashboard runs code for whoever reaches it (CVE-2023-48022); a controller that looks at everything twice a
+# second, since ten times takes 3 % of a core from the models.
 RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,8 +40,6 @@ RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "268435456",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -36,7 +36,13 @@ APPLICATION = f"model-{MODEL}"
 SECONDS = {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02}
 MAX_ROWS = 16
 MOST = 6  # replicas
-DELAYS = {"look_back_period_s": 6, "upscale_delay_s": 2, "downscale_delay_s": 20, "downscale_to_zero_delay_s": 15}
+DELAYS = {
+    "metrics_interval_s": 1,
+    "look_back_period_s": 6,
+    "upscale_delay_s": 2,
+    "downscale_delay_s": 20,
+    "downscale_to_zero_delay_s": 15,
+}
 ASLEEP_S = 120.0  # until the last replica has gone
 WINDOW_S = 10.0  # of the chart's percentiles
 QUICK = Shape(few_s=5, rise_s=15, hold_s=25)

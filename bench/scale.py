@@ -20,7 +20,7 @@ from bench.fleet import Fleet
 from bench.machine import Machine
 from bench.processes import Meter, replica_mib
 from bench.scaling import CLOSED, OPEN, Case, facts, sheets
-from bench.serving import free_port
+from bench.serving import PROJECT, free_port
 
 PACED, FREE = "paced", "free"
 # Seconds. A forward of 8 rows takes 0.1, so that a replica draws 4 pictures of 20 guided steps in 2; FREE takes none.
@@ -93,13 +93,18 @@ def environment(profile: str) -> dict[str, str]:
     if profile == DEFAULT:
         return {}
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **high_throughput(),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # nothing is in flight when the server ends
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
+
+
+def high_throughput() -> dict[str, str]:
+    """The environment of the profile with HAProxy, as a cluster is given it."""
+    lines = (PROJECT / "cluster" / "high_throughput.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 @dataclass(frozen=True, kw_only=True)

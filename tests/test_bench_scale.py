@@ -21,7 +21,20 @@ from bench.crowd import Crowd, Reading, quantile_ms
 from bench.fleet import Fleet
 from bench.machine import Machine
 from bench.processes import Meter, Usage
-from bench.scale import DEFAULT, FREE, QUERIES, SETTINGS, SHORT, TIMES, Profile, has_room, left_out, write
+from bench.scale import (
+    DEFAULT,
+    FREE,
+    HAPROXY,
+    QUERIES,
+    SETTINGS,
+    SHORT,
+    TIMES,
+    Profile,
+    environment,
+    has_room,
+    left_out,
+    write,
+)
 from bench.scaling import CLOSED, OPEN, Case, efficiency, facts, sheets
 from bench.serving import PROJECT
 from bench.simulation import SIMULATED_IMPORT, real, simulated
@@ -71,6 +84,14 @@ def test_tables_have_a_row_for_each_case_and_pair_of_cases():
 def test_a_quantile_is_one_of_the_measured():
     assert quantile_ms([0.3, 0.1, 0.2], 0.5) == 200
     assert quantile_ms([], 0.5) is None
+
+
+def test_the_profile_that_is_measured_is_the_one_that_clusters_are_given():
+    wanted = (line.split("=") for line in (PROJECT / "cluster" / "high_throughput.env").read_text().splitlines())
+    told = {words[0]: words[1] for words in wanted if len(words) == 2}
+    assert "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD" in told
+    assert told.items() <= environment(HAPROXY).items()
+    assert environment(DEFAULT) == {}
 
 
 def test_the_meter_finds_who_is_busy():

@@ -62,6 +62,11 @@ def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures
         pytest.param(context(replica(left=99.0, busy=1.0, pictures=1), requests=3, queued=2), 3, id="and two more"),
         pytest.param(context(replica(left=100.0, busy=1.0), requests=50), 10, id="a burst"),
         pytest.param(context(replica(left=20.0, busy=1.0), requests=50, queued=40), 6, id="what waits at handles too"),
+        pytest.param(
+            context(replica(left=20.0, busy=1.0), *3 * [replica(request=0.0)], requests=50, queued=40),
+            6,
+            id="what waits is not small to replicas that have just started",
+        ),
         pytest.param(context(*4 * [replica(left=2.0, busy=0.75)], requests=8), 4, id="steady traffic holds them"),
         pytest.param(context(*4 * [replica(left=1.0, busy=0.35)], requests=8), 2, id="less traffic"),
         pytest.param(context(*4 * [replica(left=9.0, busy=0.8)], requests=8), 4, id="exactly enough"),

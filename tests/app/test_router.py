@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, ObjectReconstructionFailedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -122,6 +122,20 @@ async def test_a_replica_that_dies_is_tried_once_more_without_repeating_pictures
     assert handle.requests[0].seed == handle.requests[1].seed
     assert all(response.cancelled for response in handle.responses)
     assert handle.ids == ["id-1", "id-1"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        NodeDiedError("gone"),
+        ObjectLostError("00" * 28, None, ""),
+        ObjectReconstructionFailedError("00" * 28, None, "", "it was an actor's"),
+    ],
+)
+async def test_a_picture_that_is_lost_with_its_node_is_drawn_again(routed, fault: Exception):
+    """A large one is fetched from where it was made, which may have died after telling of it."""
+    router, _ = routed([ADMITTED, finished(0), fault], [ADMITTED, finished(0), finished(1)])
+    assert await collect(router) == [ADMITTED, finished(0), finished(1)]
 
 
 async def test_a_second_death_is_a_failure_that_may_be_retried(routed):

@@ -224,3 +224,56 @@ async def test_who_comes_to_have_nothing_under_way_waits_no_longer():
     assert await settled(first, second) == ["r1", None]
     ours.on_request_completed(ReplicaID("r1", MODEL), "0")
     assert await settled(second) == ["r1"]
+
+
+async def test_a_replica_that_has_not_told_its_pace_is_not_sent_all_that_waits():
+    """Reports come a second after a replica: until then it is taken for one like the others."""
+    ours = router(replica("r1"), hold_s=10.0)
+    calls = [call(ours, by(ANN), id=str(number)) for number in range(9)]
+    assert await settled(*calls) == ["r1", "r1", *7 * [None]]
+    silent = replica("r2")
+    silent.routing_stats = {}
+    ours.update_replicas([replica("r1"), silent])
+    assert await settled(*calls) == ["r1", "r1", "r2", "r2", *5 * [None]]
+
+
+async def test_the_first_replica_of_all_is_sent_one_call_until_it_tells_its_pace():
+    ours = router(hold_s=10.0)
+    calls = [call(ours, by(ANN), id=str(number)) for number in range(4)]
+    silent = replica("r1")
+    silent.routing_stats = {}
+    ours.update_replicas([silent])
+    assert await settled(*calls) == ["r1", None, None, None]
+    ours.update_replicas([replica("r1")])
+    assert await settled(*calls) == ["r1", "r1", None, None]
+    for one in calls:
+        one.cancel()
+    ours.update_replicas([])  # it sleeps, and wakes: how fast it is is known by now
+    others = [call(ours, by(BOB), id=f"bob {number}") for number in range(4)]
+    assert await settled(*others) == [None] * 4
+    ours.update_replicas([silent])
+    assert await settled(*others) == ["r1", "r1", None, None]
+
+
+async def test_calls_that_wait_for_room_outlive_the_last_replica():
+    ours = router(replica("r1"), hold_s=5.0)
+    calls = [call(ours, by(ANN), id=str(number)) for number in range(3)]
+    assert await settled(*calls) == ["r1", None, None]
+    ours.on_request_completed(ReplicaID("r1", MODEL), "0")  # which calls the next one in
+    ours.on_replica_actor_died(ReplicaID("r1", MODEL))
+    assert await settled(*calls) == ["r1", None, None]
+    ours.update_replicas([replica("r2")])
+    assert (await settled(*calls))[1] == "r2"
+
+
+async def test_a_replica_that_was_found_dead_has_no_room():
+    ours = router(replica("r1"), replica("r2", work_left=99.0), hold_s=10.0)
+    calls = [call(ours, by(ANN), id=str(number)) for number in range(3)]
+    assert await settled(*calls) == ["r1", "r1", None]
+    urgent = call(ours, by(ANN, urgent=True), id="urgent")
+    assert await settled(urgent) == ["r1"]
+    for id in ("0", "1", "urgent"):  # each call that was there has failed, and its callers send it again
+        ours.on_request_completed(ReplicaID("r1", MODEL), id)
+    ours.on_replica_actor_died(ReplicaID("r1", MODEL))
+    again = [call(ours, by(ANN), id=f"again {number}") for number in range(3)]
+    assert await settled(calls[2], *again) == ["r2", None, None, None]  # it has nothing else under way

@@ -161,6 +161,21 @@ def test_the_image_runs_as_nobody_special_and_tells_how_it_is():
     assert all(":" in image for image in parser.parent_images), "an image without a tag"
 
 
+def test_login_shells_find_ray():
+    """`ray up` runs its commands in those (with_docker_exec), and Debian's /etc/profile sets PATH anew."""
+    [installed] = [step["value"] for step in image().structure if "apt-get install" in step["value"]]
+    assert "'PATH=/opt/venv/bin:$PATH' > /etc/profile.d/heliograph.sh" in installed
+    assert dict(image().envs)["PATH"].startswith("/opt/venv/bin:")
+
+
+def test_commands_of_the_page_get_the_passwords():
+    """`docker compose exec` goes past the entry point, which alone reads the files that the passwords are in."""
+    page = (HOUSE / "docs" / "cluster.md").read_text()
+    commands = re.findall(r"compose\.yaml exec (\S+) (\S+)", page)
+    assert commands
+    assert all(words == ("head", "cluster/entrypoint.sh") for words in commands)
+
+
 def test_the_image_gets_what_it_copies():
     copied = [step["value"].split()[:-1] for step in image().structure if step["instruction"] == "COPY"]
     sources = [source for words in copied if not words[0].startswith("--from") for source in words]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from app import deployment
@@ -14,6 +15,7 @@ from models.weights import COMMIT, HUB_ID
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 CONFIGS = sorted(CLUSTER.glob("serve_*.yaml"))
+SHIPPED = CLUSTER.parent / "serve_config.yaml"
 
 
 def load(path: Path) -> Any:
@@ -32,6 +34,19 @@ def test_serve_and_we_accept_it(path: Path):
     described.refuse_exposure()
     assert ServeDeploySchema.model_validate(raw).applications
     assert described.gateway.auth == "keys"
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, SHIPPED], ids=lambda path: path.name)
+def test_replicas_follow_the_work(path: Path):
+    """Of the models and of the upscaler: whatever has its number of replicas from Serve."""
+    deployments = [d for a in load(path)["applications"] for d in a["deployments"]]
+    scaled = [d["autoscaling_config"] for d in deployments if "autoscaling_config" in d]
+    assert len(scaled) == len(deployment.read(path)[0].models) + 1
+    for config in scaled:
+        assert config["policy"]["policy_function"] == deployment.WORK_POLICY
+        assert config["aggregation_function"] == "max"
+        told = AutoscalingConfig.model_validate(config)
+        assert told.metrics_interval_s == 1, "Serve 2.60 goes by this alone; no environment variable changes it"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.serving import PROJECT
+from bench.scale import high_throughput as profile
 from tests.nodes.composed import draw_and_work
 from tests.nodes.load import Span
 from tests.nodes.run import FAULTS, REPLICAS, run
@@ -36,12 +36,6 @@ def main(
     for answer in failed:
         console.print(f"{answer.model} failed after {answer.ended - answer.began:.1f} s: {answer.fault}")
     sys.exit(1 if failed else 0)
-
-
-def profile() -> dict[str, str]:
-    """The environment of the profile with HAProxy."""
-    lines = (PROJECT / "cluster" / "high_throughput.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 def table(spans: dict[str, Span]) -> Table:
