@@ -84,7 +84,11 @@ class Batch:
             with Telling(len(recorded) + len(missing), len(recorded), self.console) as telling:
                 self._draw(missing, telling)
                 self.console.print(telling.line(), highlight=False, soft_wrap=True)
-        manifest.finish()
+        left = manifest.finish(recorded.union(row["number"] for row in missing))
+        if left:  # another run had other blocks, and wrote its part over one of this run
+            raise Stopped(
+                f"{len(left)} rows are not in the manifest, by another run at the same time. The same command goes on"
+            )
         return manifest.counts()
 
     def _identity(self) -> dict[str, Any]:
@@ -182,9 +186,10 @@ def batch(
 ) -> None:
     """Draw every row of a file, and write a manifest. The same command, said again, does only what is missing."""
     chosen, described = _model(config, model)
-    most = max_actors or actors
-    cpus = num_cpus or (1.0 if num_gpus else max(1.0, settings.cores() // most))
-    threads = chosen.threads or max(1, int(cpus))
+    most = actors if max_actors is None else max_actors
+    share = 1.0 if num_gpus else max(1.0, settings.cores() // max(most, 1))
+    pool = Pool(least=actors, most=most, cpus=share if num_cpus is None else num_cpus, gpus=num_gpus, block=block)
+    threads = chosen.threads or max(1, int(pool.cpus))
     work = Work(
         model=chosen.model_copy(update={"threads": threads}),
         folder=input.absolute().parent,
@@ -193,7 +198,6 @@ def batch(
         endpoint=s3_endpoint,
         region=s3_region,
     )
-    pool = Pool(least=actors, most=most, cpus=cpus, gpus=num_gpus, block=block)
     began = time.monotonic()
     pictures, errors = Batch(input=input, work=work, pool=pool, address=address).run()
     print(f"{pictures} pictures and {errors} errors in {output} after {time.monotonic() - began:.0f} s")
