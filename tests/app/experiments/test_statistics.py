@@ -129,6 +129,15 @@ def test_an_uneven_assignment_is_seen():
     assert mismatch([7], [1]) == 1.0
 
 
+def test_a_few_units_are_no_mismatch():
+    """One unit of twenty is in the small arm; that it comes first says nothing."""
+    assert mismatch([0, 1], [95, 5]) == 1.0
+    random = np.random.default_rng(6)
+    found = [mismatch([n - s, s], [95, 5]) for n in (2, 10, 100, 200) for s in map(int, random.binomial(n, 0.05, 1000))]
+    assert np.mean(np.array(found) < 0.001) < 0.003
+    assert mismatch([990, 10], [95, 5]) < 0.001
+
+
 def test_quantiles():
     assert quantiles([1.0, 2.0, 3.0], (0.5,)) == [2.0]
     assert quantiles([], (0.5, 0.95)) == [None, None]
