@@ -30,7 +30,8 @@ from models.errors import HeliographError, InvalidRequest
 
 CALLS = 4  # blocks that an actor works on at a time
 MOST_TASKS = 4096  # that Ray Data is given: beyond, each has several blocks, which an actor takes one after another
-STILL_S = 1800.0  # without a block done, after which the job ends: Ray starts an actor that dies again without end
+# Without a task done, for each of its blocks, after which a job ends: Ray starts an actor that dies again without end.
+STILL_S = 1800.0
 
 # What pictures depend on: a job that goes on with others of these would be two jobs.
 _OF_PICTURES = {
@@ -126,9 +127,10 @@ class Batch:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.raise_original_map_exception = True
-        context.execution_no_progress_timeout_s = STILL_S
+        together = math.ceil(len(missing) / pool.block / MOST_TASKS)  # blocks of a task, which tells of none before all
+        context.execution_no_progress_timeout_s = STILL_S * together
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        size = pool.block * math.ceil(len(missing) / pool.block / MOST_TASKS)
+        size = pool.block * together
         table = pa.Table.from_pylist(missing)
         tables = [table.slice(at, size) for at in range(0, len(missing), size)]
         dataset = ray.data.from_arrow(tables).map_batches(

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from app.replica import start_engine
 from app.settings import FetchSettings
 from bench.serving import PROJECT
 from cluster.actor import Work
-from cluster.batch import CALLS, Batch, Pool, Stopped, batch
+from cluster.batch import CALLS, STILL_S, Batch, Pool, Stopped, batch
 from cluster.drawing import Drawer
 from cluster.inputs import Pictures
 from cluster.manifest import SCHEMA, Manifest
@@ -180,6 +181,25 @@ def test_a_job_that_lacks_rows_is_not_done(tmp_path: Path):
     with pytest.raises(Stopped, match="1 rows"):
         Overwritten(input=tmp_path / "rows.jsonl", work=work, pool=Pool()).run()
     assert not Manifest(Place(output)).whole
+
+
+def test_blocks_that_are_told_of_together_have_the_time_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a job of a million rows would end while its first tasks are still drawing."""
+    context, sizes = SimpleNamespace(), list[int]()
+    monkeypatch.setattr("ray.data.DataContext", SimpleNamespace(get_current=lambda: context))
+    monkeypatch.setattr("cluster.batch.MOST_TASKS", 2)
+
+    def handed_out(tables: list[Any]) -> None:
+        sizes.extend(len(table) for table in tables)
+        raise Stopped
+
+    monkeypatch.setattr("ray.data.from_arrow", handed_out)
+    work = Work(model=cast(Any, None), folder=tmp_path, fetch=FetchSettings(), output=str(tmp_path))
+    missing = [row.columns() for row in read(tmp_path, [SMALL] * 11)]
+    with pytest.raises(Stopped):
+        list(Batch(input=tmp_path, work=work, pool=Pool(block=2))._told(missing))
+    assert sizes == [6, 5]
+    assert context.execution_no_progress_timeout_s == 3 * STILL_S
 
 
 @pytest.mark.parametrize("option", ["--num-cpus", "--max-actors"])
