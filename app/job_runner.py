@@ -50,7 +50,7 @@ class JobRunner:
         self._results = Results(self._database, pictures, settings.keep_results_s)
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
         router = Router(settings.request_timeout_s, attempts=1)
-        counting = Experiments(ExperimentStore(self._database))  # jobs were put into theirs when they were submitted
+        counting = Experiments(ExperimentStore(self._database), waits=True)  # jobs got their arms when submitted
         patience_s = settings.request_timeout_s
         self._service = Service(router, results=self._results, patience_s=patience_s, experiments=counting)
         jobs = JobStore(self._database, payload=payload)

@@ -30,7 +30,8 @@ from models.errors import HeliographError, InvalidRequest
 
 CALLS = 4  # blocks that an actor works on at a time
 MOST_TASKS = 4096  # that Ray Data is given: beyond, each has several blocks, which an actor takes one after another
-STILL_S = 1800.0  # without a block done, after which the job ends: Ray starts an actor that dies again without end
+# Without a task done, for each of its blocks, after which a job ends: Ray starts an actor that dies again without end.
+STILL_S = 1800.0
 
 # What pictures depend on: a job that goes on with others of these would be two jobs.
 _OF_PICTURES = {
@@ -84,7 +85,11 @@ class Batch:
             with Telling(len(recorded) + len(missing), len(recorded), self.console) as telling:
                 self._draw(missing, telling)
                 self.console.print(telling.line(), highlight=False, soft_wrap=True)
-        manifest.finish()
+        left = manifest.finish(recorded.union(row["number"] for row in missing))
+        if left:  # another run had other blocks, and wrote its part over one of this run
+            raise Stopped(
+                f"{len(left)} rows are not in the manifest, by another run at the same time. The same command goes on"
+            )
         return manifest.counts()
 
     def _identity(self) -> dict[str, Any]:
@@ -122,9 +127,10 @@ class Batch:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.raise_original_map_exception = True
-        context.execution_no_progress_timeout_s = STILL_S
+        together = math.ceil(len(missing) / pool.block / MOST_TASKS)  # blocks of a task, which tells of none before all
+        context.execution_no_progress_timeout_s = STILL_S * together
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        size = pool.block * math.ceil(len(missing) / pool.block / MOST_TASKS)
+        size = pool.block * together
         table = pa.Table.from_pylist(missing)
         tables = [table.slice(at, size) for at in range(0, len(missing), size)]
         dataset = ray.data.from_arrow(tables).map_batches(
@@ -182,9 +188,10 @@ def batch(
 ) -> None:
     """Draw every row of a file, and write a manifest. The same command, said again, does only what is missing."""
     chosen, described = _model(config, model)
-    most = max_actors or actors
-    cpus = num_cpus or (1.0 if num_gpus else max(1.0, settings.cores() // most))
-    threads = chosen.threads or max(1, int(cpus))
+    most = actors if max_actors is None else max_actors
+    share = 1.0 if num_gpus else max(1.0, settings.cores() // max(most, 1))
+    pool = Pool(least=actors, most=most, cpus=share if num_cpus is None else num_cpus, gpus=num_gpus, block=block)
+    threads = chosen.threads or max(1, int(pool.cpus))
     work = Work(
         model=chosen.model_copy(update={"threads": threads}),
         folder=input.absolute().parent,
@@ -193,7 +200,6 @@ def batch(
         endpoint=s3_endpoint,
         region=s3_region,
     )
-    pool = Pool(least=actors, most=most, cpus=cpus, gpus=num_gpus, block=block)
     began = time.monotonic()
     pictures, errors = Batch(input=input, work=work, pool=pool, address=address).run()
     print(f"{pictures} pictures and {errors} errors in {output} after {time.monotonic() - began:.0f} s")

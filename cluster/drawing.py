@@ -5,7 +5,7 @@ import logging
 import os
 import queue
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -59,10 +59,12 @@ class Drawer:
     def draw(self, rows: Sequence[Row]) -> list[Record]:
         """Draws the rows and records them, as a part of the manifest. Gives the records.
 
-        Of a block that is sent again, because its actor died after the part was written, nothing is drawn and there are
-        none. Raises StoreUnavailable.
+        Of rows that stand in a part by now nothing is drawn and there are none: their actor died after it was written,
+        or it is of an earlier run, which ended later than one thought and had other blocks. Raises StoreUnavailable.
         """
-        if self._manifest.has(rows[0].number):
+        while rows and (recorded := self._manifest.part(rows[0].number)):
+            rows = [row for row in rows if row.number not in recorded]
+        if not rows:
             return []
         records = self._drawn(rows)
         self._manifest.add(rows[0].number, records)
@@ -116,6 +118,7 @@ class Drawer:
 
     def _begun(self, drawing: _Drawing, heard: Heard) -> _Drawing:
         drawing.began += 1
+        wait(drawing.kept.values())  # a late one must not replace what the next beginning stores under its name
         drawing.kept.clear()
         self._engine.submit(drawing.request, partial(_tell, heard, drawing.row.number), progress=False)
         return drawing

@@ -7,7 +7,8 @@ nor which pictures it brought, which would need a second record beside them.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.errors import InvalidRequest
 Record = Mapping[str, Any]
 
 JOB, WHOLE, PARTS = "job.json", "manifest.parquet", "parts"
+AT_ONCE = 32  # parts that are read or removed: a million rows have tens of thousands, each a request to a bucket
 
 # A line for each picture, and for each row that came to none: with an error, and index 0.
 SCHEMA = pa.schema(
@@ -69,9 +71,9 @@ class Manifest:
         """Whether the job is done."""
         return self._place.has(WHOLE)
 
-    def has(self, first: int) -> bool:
-        """Whether there is a part that begins with that row."""
-        return self._place.has(_part(first))
+    def part(self, first: int) -> set[int]:
+        """The rows of the part that begins with that row; none where there is no such part."""
+        return {record["number"] for record in self._records(_part(first))}
 
     def add(self, first: int, records: Iterable[Record]) -> None:
         """Writes a part: all records of some rows, of which that is the first. Their pictures are there by now."""
@@ -81,15 +83,20 @@ class Manifest:
         """The rows that are done, by number."""
         return {record["number"] for part in self._parts() for record in part}
 
-    def finish(self) -> None:
-        """Makes the whole of the parts, in the order of the input, and removes them."""
+    def finish(self, numbers: Collection[int] = ()) -> set[int]:
+        """Makes the whole of the parts, in the order of the input, and removes them; unless some of the rows with these
+        numbers stand in none, which it gives."""
         if not self.whole:
             table = pa.concat_tables([SCHEMA.empty_table(), *self._tables()])
+            if missing := set(numbers).difference(table["number"].to_pylist()):
+                return set() if self.whole else missing  # another run may have made it meanwhile
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, WHOLE)
                 pq.write_table(table.sort_by([("number", "ascending"), ("index", "ascending")]), file)
                 self._place.put_file(WHOLE, file)
-        self._place.delete(*self._place.names(PARTS))
+        with ThreadPoolExecutor(AT_ONCE) as removers:
+            list(removers.map(self._place.delete, self._place.names(PARTS)))
+        return set()
 
     def counts(self) -> tuple[int, int]:
         """How many pictures the finished job has, and how many errors."""
@@ -106,9 +113,11 @@ class Manifest:
             told |= {record["number"] for record in part}
 
     def _parts(self) -> Iterator[Sequence[Record]]:
-        for name in self._place.names(PARTS):
-            lines = self._place.get(name) or b""
-            yield [orjson.loads(line) for line in lines.splitlines()]
+        with ThreadPoolExecutor(AT_ONCE) as readers:
+            yield from readers.map(self._records, self._place.names(PARTS))
+
+    def _records(self, part: str) -> Sequence[Record]:
+        return [orjson.loads(line) for line in (self._place.get(part) or b"").splitlines()]
 
 
 def _part(first: int) -> str:

@@ -89,6 +89,10 @@ def rows(path: Path) -> Iterator[Row]:
 def _row(number: int, found: Columns | HeliographError) -> Row:
     if isinstance(found, HeliographError):
         return _faulty(number, {}, found)
+    try:
+        _sorted(found)
+    except orjson.JSONEncodeError:  # which nests less deeply than what is read may
+        return _faulty(number, {}, InvalidRequest("input", "the row has values within values too deep to be a request"))
     body = {name: value for name, value in found.items() if name != "id" and value is not None}
     id = found.get("id")
     if id is None:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from app.drawing import GenerationResult, StreamEvent
-from app.errors import BudgetSpent, code_of
+from app.errors import BudgetSpent, NotRunning, code_of
 from app.experiments.enrolment import Draws, Enrolment, Visit, enrol
 from app.experiments.rails import Key, Rails, RailState
 from app.experiments.recorder import Recorder
@@ -35,8 +35,12 @@ class Offered:
 class Experiments:
     """The experiments that are on, and what is seen of them. Without a store nothing of it is written down."""
 
-    def __init__(self, store: ExperimentStore | None = None, now: Callable[[], float] = time.monotonic):
-        """`now` is the clock by which arms that were switched off recover."""
+    def __init__(
+        self, store: ExperimentStore | None = None, now: Callable[[], float] = time.monotonic, waits: bool = False
+    ):
+        """`now` is the clock by which arms that were switched off recover. Who `waits` for a model that is busy or
+        does not run, and asks again, has not failed by then."""
+        self._forgiven = (BudgetSpent, Overloaded, NotRunning) if waits else (BudgetSpent,)
         self._store = store
         self._recorder = None if store is None else Recorder(store.record)
         self._rails = Rails(now)
@@ -80,7 +84,7 @@ class Experiments:
                         event = await self._drawn(event, time.monotonic() - began)
                     yield event
         except _FAILURES as error:
-            if not isinstance(error, BudgetSpent):
+            if not isinstance(error, self._forgiven):
                 await self._failed(wanted, error)
             raise
 

@@ -168,6 +168,9 @@ def check_together(
     for (first, one), (second, other) in combinations(enabled.items(), 2):
         if not one.overlaps(other):
             continue
+        if (one.salt or first) == (other.salt or second):
+            message = f"is that of {first}, which would give the same units the same arms: give each its own"
+            raise InvalidRequest(f"experiments.{second}.salt", message)
         if one.layer == other.layer:
             raise InvalidRequest(
                 f"experiments.{second}",

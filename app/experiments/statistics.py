@@ -16,6 +16,7 @@ from app.experiments.store import Sums
 CONFIDENCE = 0.95
 LEAST_UNITS = 30  # in each arm, before the interval of one look is told: it rests on the central limit theorem
 MISMATCH_P = 0.001  # below it the assignment is not to be believed
+LEAST_EXPECTED = 5  # units in each arm, before that is asked: with fewer chi-square calls chance a fault
 
 _HALVINGS = 50  # of an interval within (-1, 1): to the precision that numbers near 1 have
 _POINTS, _ROUNDS = 65, 7  # looks at an interval for where it ends: to 2 / 64^7, each over an array
@@ -86,13 +87,17 @@ def evidence(a: Numbers, s: Numbers, b: Numbers, t: Numbers, delta: Numbers) -> 
 
 
 def mismatch(units: Sequence[int], weights: Sequence[float]) -> float:
-    """How likely so uneven an assignment is (chi-square): below MISMATCH_P something keeps units from an arm."""
+    """How likely so uneven an assignment is (chi-square): below MISMATCH_P something keeps units from an arm.
+
+    1 as long as an arm should have less than LEAST_EXPECTED units.
+    """
     from scipy.stats import chisquare
 
     total, weight = sum(units), sum(weights)
-    if not total or len(units) < 2:
+    expected = [total * w / weight for w in weights]
+    if len(units) < 2 or min(expected) < LEAST_EXPECTED:
         return 1.0
-    return float(chisquare(units, [total * w / weight for w in weights]).pvalue)
+    return float(chisquare(units, expected).pvalue)
 
 
 def quantiles(seconds: Sequence[float], at: Sequence[float]) -> list[float | None]:

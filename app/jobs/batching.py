@@ -12,7 +12,7 @@ from app.jobs.job import Idempotency, NewJob
 from app.jobs.store import JobStore
 from app.keys.caller import current
 from app.stores.store import Store
-from models.errors import InvalidRequest, NotFound
+from models.errors import InvalidRequest, NotFound, Overloaded
 from models.request import EffectiveRequest
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class Batches:
 
     @property
     def most(self) -> int:
-        """How many lines a batch may have."""
-        return self._jobs.bounds.lines_at_once
+        """How many lines a batch may have: no more than may wait, which it would be told to come back with for ever."""
+        bounds = self._jobs.bounds
+        return min(bounds.lines_at_once, bounds.lines, bounds.lines_per_owner)
 
     async def earlier(self, idempotency: Idempotency) -> BatchSubmission | None:
         """The batch that this key has made before. Raises InvalidRequest where that was for another body."""
@@ -69,17 +70,23 @@ class Batches:
         """
         owner = current.get().id
         await self._jobs.check_room_for_lines(owner, len(lines))  # before any picture is stored
-        made, stored = False, list[str]()
+        made, unneeded = False, True  # where a commit broke, nobody knows whether there is a batch
+        stored = list[str]()
         charged: list[GiveBack] = []
         try:
             new = [await self._line(number, line, charged, stored) for number, line in enumerate(lines, 1)]
+            unneeded = False
             found = await self._jobs.submit_batch(owner, new, idempotency)
-            made = not found.replayed
+            made, unneeded = not found.replayed, found.replayed
             return found
+        except (Overloaded, InvalidRequest):
+            unneeded = True
+            raise
         finally:
             if not made:
                 for give_back in charged:
                     await give_back()
+            if unneeded:
                 await inputs.drop(self._pictures, stored)
 
     async def _line(self, number: int, line: Asked, charged: list[GiveBack], stored: list[str]) -> NewLine:

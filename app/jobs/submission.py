@@ -118,7 +118,7 @@ async def _check_bound(
     waiting = select(jobs.c.work).where(QUEUED, whose).limit(bound).subquery()
     count, work = (await connection.execute(select(func.count(), func.sum(waiting.c.work)))).one()
     if count + more > bound:
-        raise Overloaded(min(max(work / max(count, 1), 1.0), _LONGEST_WAIT_S), f"{count} {what}")
+        raise Overloaded(min(max((work or 0.0) / max(count, 1), 1.0), _LONGEST_WAIT_S), f"{count} {what}")
 
 
 async def _values(connection: AsyncConnection, new: NewJob) -> Mapping[str, Any]:

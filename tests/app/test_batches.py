@@ -11,9 +11,10 @@ import httpx2
 import pytest
 
 from app.dialects.native import batch_lines
+from app.jobs.batches import BatchSubmission
 from app.jobs.submission import Bounds
 from app.keys.caller import Limits
-from models.errors import GenerationFailed, InvalidRequest
+from models.errors import GenerationFailed, InvalidRequest, Unavailable
 from tests.app.conftest import MemoryRouter
 from tests.app.test_jobs import PNG, House, begun, opened, refused
 
@@ -133,6 +134,7 @@ async def test_a_file_is_a_forms_file_too(client: httpx2.AsyncClient):
         (json.dumps(openai("a", IMAGES) | {"method": "GET"}), "lines.2.method"),
         (json.dumps(openai("line-1", IMAGES)), "lines.2.custom_id"),
         (json.dumps(openai("", IMAGES)), "lines.2.custom_id"),
+        (json.dumps(openai("a\0b", IMAGES)), "lines.2.custom_id"),
     ],
 )
 async def test_one_wrong_line_refuses_all_and_is_named(client: httpx2.AsyncClient, line: str, field: str):
@@ -145,6 +147,8 @@ async def test_one_wrong_line_refuses_all_and_is_named(client: httpx2.AsyncClien
 async def test_a_file_without_lines_or_with_too_many_is_refused(house: House, client: httpx2.AsyncClient):
     refused(await client.post("/v1/batches", content=b"\n \n"), 400, "body")
     house.store.bounds = replace(house.store.bounds, lines_at_once=2)
+    refused(await client.post("/v1/batches", content=file(LINE, LINE, LINE)), 400, "body")
+    house.store.bounds = Bounds(lines_per_owner=2)  # 429 would say that it can come back
     refused(await client.post("/v1/batches", content=file(LINE, LINE, LINE)), 400, "body")
 
 
@@ -196,6 +200,24 @@ async def test_a_picture_of_a_line_is_kept_until_it_is_its_turn(house: House, cl
     house.work()
     assert (await done(client, batch["id"]))["request_counts"]["completed"] == 1
     assert house.router.requests[0].image is not None
+
+
+async def test_a_batch_whose_commit_broke_keeps_its_pictures(
+    house: House, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+):
+    """It is there, as far as anybody knows."""
+    submit = house.store.submit_batch
+
+    async def broken(*args: Any) -> BatchSubmission:
+        await submit(*args)
+        raise Unavailable(1.0, "the connection broke during the commit")
+
+    monkeypatch.setattr(house.store, "submit_batch", broken)
+    lines = file(LINE | {"image": base64.b64encode(PNG).decode()})
+    assert (await client.post("/v1/batches", content=lines)).status_code == 503
+    [batch] = (await client.get("/v1/batches")).json()["data"]
+    house.work()
+    assert (await done(client, batch["id"]))["request_counts"]["completed"] == 1
 
 
 async def test_another_callers_batch_is_like_one_that_never_was(keyed: House):

@@ -9,22 +9,27 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from app import deployment
 from app.replica import start_engine
 from app.settings import FetchSettings
 from bench.serving import PROJECT
-from cluster.batch import CALLS, Pool
+from cluster.actor import Work
+from cluster.batch import CALLS, STILL_S, Batch, Pool, Stopped, batch
 from cluster.drawing import Drawer
 from cluster.inputs import Pictures
-from cluster.manifest import Manifest
+from cluster.manifest import SCHEMA, Manifest
 from cluster.place import Place
+from cluster.progress import Telling
 from cluster.table import Row, rows
 from models.errors import GenerationFailed, InvalidRequest
 from models.events import Event, Failed
@@ -148,6 +153,64 @@ def test_a_block_that_is_sent_again_is_not_drawn_again(engine: Any, tmp_path: Pa
     forwards = engine.load().forwards
     assert drawer.draw(block) == []
     assert engine.load().forwards == forwards
+
+
+def test_rows_beside_those_of_an_earlier_runs_part_are_drawn(tmp_path: Path):
+    """A run with larger blocks, begun before the actors of the one before it had died."""
+    place = Place(str(tmp_path / "output"))
+    drawer = Drawer(cast(Any, None), Pictures(tmp_path, FetchSettings()), place)
+    block = read(tmp_path, [{"promt": "which no row needs an engine for"}] * 4)
+    drawer.draw(block[:1])
+    drawer.draw(block[1:2])
+    assert [record["number"] for record in drawer.draw(block)] == [2, 3]
+    assert Manifest(place).finish(range(4)) == set()
+
+
+class Overwritten(Batch):
+    """A job whose only part is written over by that of another run."""
+
+    def _draw(self, missing: list[dict[str, Any]], telling: Telling) -> None:
+        Manifest(self.work.place()).add(0, [dict.fromkeys(SCHEMA.names) | {"number": 0, "index": 0}])
+
+
+def test_a_job_that_lacks_rows_is_not_done(tmp_path: Path):
+    read(tmp_path, [SMALL, SMALL])
+    described, _ = deployment.read(PROJECT / "serve_config.yaml")
+    output = str(tmp_path / "output")
+    work = Work(model=described.catalogue.models[0], folder=tmp_path, fetch=FetchSettings(), output=output)
+    with pytest.raises(Stopped, match="1 rows"):
+        Overwritten(input=tmp_path / "rows.jsonl", work=work, pool=Pool()).run()
+    assert not Manifest(Place(output)).whole
+
+
+def test_blocks_that_are_told_of_together_have_the_time_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a job of a million rows would end while its first tasks are still drawing."""
+    context, sizes = SimpleNamespace(), list[int]()
+    monkeypatch.setattr("ray.data.DataContext", SimpleNamespace(get_current=lambda: context))
+    monkeypatch.setattr("cluster.batch.MOST_TASKS", 2)
+
+    def handed_out(tables: list[Any]) -> None:
+        sizes.extend(len(table) for table in tables)
+        raise Stopped
+
+    monkeypatch.setattr("ray.data.from_arrow", handed_out)
+    work = Work(model=cast(Any, None), folder=tmp_path, fetch=FetchSettings(), output=str(tmp_path))
+    missing = [row.columns() for row in read(tmp_path, [SMALL] * 11)]
+    with pytest.raises(Stopped):
+        list(Batch(input=tmp_path, work=work, pool=Pool(block=2))._told(missing))
+    assert sizes == [6, 5]
+    assert context.execution_no_progress_timeout_s == 3 * STILL_S
+
+
+@pytest.mark.parametrize("option", ["--num-cpus", "--max-actors"])
+def test_nothing_is_not_taken_for_what_is_left_out(tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Batch, "run", lambda self: (0, 0))
+    read(tmp_path, [SMALL])
+    options = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "output")]
+    app = typer.Typer()
+    app.command()(batch)
+    told = CliRunner().invoke(app, [*options, "--config", str(PROJECT / "serve_config.yaml"), option, "0"])
+    assert isinstance(told.exception, InvalidRequest)
 
 
 class Faulty:

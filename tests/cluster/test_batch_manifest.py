@@ -1,6 +1,8 @@
 """The manifest of a batch job, in a folder and on real S3 servers: whose it is, and how its parts become one."""
 
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,11 @@ def test_parts_become_one_in_the_order_of_the_input(place: Place, tmp_path: Path
     manifest.add(4, [record(4), record(6, error='{"code": "x"}')])
     manifest.add(0, [record(0, 1, path="b"), record(0, 0, path="a"), record(2)])
     manifest.add(2, [record(2, path="of a driver that was thought dead"), record(3)])
-    assert (manifest.recorded(), manifest.has(4), manifest.has(6)) == ({0, 2, 3, 4, 6}, True, False)
+    assert (manifest.recorded(), manifest.part(4), manifest.part(6)) == ({0, 2, 3, 4, 6}, {4, 6}, set())
+    assert manifest.finish(range(7)) == {1, 5}
     assert not manifest.whole
-    manifest.finish()
-    manifest.finish()
+    assert manifest.finish([0, 2, 3, 4, 6]) == set()
+    assert manifest.finish() == set()
     assert manifest.whole
     assert manifest.counts() == (5, 1)
     assert place.names("parts") == []
@@ -62,6 +65,24 @@ def test_parts_become_one_in_the_order_of_the_input(place: Place, tmp_path: Path
     assert table.schema.equals(SCHEMA)
     lines = [(row["number"], row["index"], row["path"]) for row in table.to_pylist()]
     assert lines == [(0, 0, "a"), (0, 1, "b"), (2, 0, None), (3, 0, None), (4, 0, None), (6, 0, None)]
+
+
+def test_parts_are_read_and_removed_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manifest, both = Manifest(Place(str(tmp_path))), threading.Barrier(2)
+    for number in (0, 1):
+        manifest.add(number, [record(number)])
+    for name in ("get", "delete"):
+        alone = getattr(Place, name)
+
+        def beside(place: Place, part: str, alone: Callable[[Place, str], bytes | None] = alone) -> bytes | None:
+            if part.startswith("parts/"):
+                both.wait(timeout=20)
+            return alone(place, part)
+
+        monkeypatch.setattr(Place, name, beside)
+    assert manifest.recorded() == {0, 1}
+    manifest.finish()
+    assert manifest.counts() == (2, 0)
 
 
 def test_a_place_belongs_to_one_job(place: Place):

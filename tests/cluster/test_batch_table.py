@@ -91,6 +91,16 @@ def test_a_bad_row_stands_among_good_ones(tmp_path: Path):
     assert (fault(too_many), fault(unparsed)) == ("input", "steps")
 
 
+def test_a_bottomless_row_is_a_bad_one(tmp_path: Path):
+    deep = "[" * 300 + "]" * 300
+    lines = ['{"prompt": "a", "hires": ' + deep + "}", '{"prompt": "b"}']
+    assert [row.error and row.error["field"] for row in jsonl(tmp_path, *lines)] == ["input", None]
+    assert [row.error and row.error["field"] for row in csv(tmp_path, f"prompt,hires\na,{deep}\nb,\n")] == [
+        "input",
+        None,
+    ]
+
+
 def test_nobody_can_take_an_id_that_is_given(tmp_path: Path):
     [given] = jsonl(tmp_path, {"prompt": "a"})
     taken, own = jsonl(tmp_path, {"id": given.id, "prompt": "x"}, {"prompt": "a"})

@@ -30,7 +30,7 @@ _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 class Envelope(Wire):
     """A line in OpenAI's shape."""
 
-    custom_id: str = Field(min_length=1, max_length=512)
+    custom_id: str = Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")  # which PostgreSQL does not keep
     method: Literal["POST"]
     url: Literal["/v1/generate", "/v1/images/generations"]
     body: dict[str, Any]

@@ -89,6 +89,10 @@ def test_experiments_in_each_others_way_are_refused():
     assert "decides what a decides too: steps" in refusal(a=STEPS, b=STEPS | {"layer": "other"})
     assert catalogue(a=STEPS, b=guidance | {"layer": "other"})
     assert catalogue(a=STEPS, b=STEPS | {"enabled": False})
+    other = guidance | {"layer": "other"}
+    assert "experiments.b.salt: is that of a" in refusal(a=STEPS | {"salt": "2026"}, b=other | {"salt": "2026"})
+    assert "experiments.b.salt: is that of a" in refusal(a=STEPS, b=other | {"salt": "a"})
+    assert catalogue(a=STEPS | {"salt": "2026"}, b=other | {"salt": "2027"})
     assert catalogue(a=STEPS | {"keys": ["ada"]}, b=STEPS | {"keys": ["bob"]})
     assert "lets in" in refusal(a=STEPS | {"keys": ["ada", "bob"]}, b=STEPS | {"keys": ["bob"]})
     assert catalogue(a=STEPS | {"header": "X-Plan=free"}, b=STEPS | {"header": "x-plan=paid"})

@@ -70,6 +70,25 @@ def test_uneven_arms_and_shares_of_pictures_are_covered_too():
     assert (evidence(a, s, b, t, 0.1) >= -math.log(0.05)).any(1).mean() <= 0.05
 
 
+def test_units_that_draw_again_and_feedback_that_is_late_are_covered_too():
+    """A unit comes at each look, and all that came before draw again: the numbers that are added up go on changing,
+    which no martingale allows for. Of a third of the pictures one hears only ten looks later."""
+    random, looks, delay = np.random.default_rng(7), 150, 10
+    came = np.arange(looks)[None, :] >= np.arange(looks)[:, None]  # unit, look
+    pictures = np.maximum(came.cumsum(1), 1)
+    out = []
+    for _ in range(EXPERIMENTS // 4):
+        shares = []
+        for _ in range(2):
+            kept = (random.random(came.shape) < random.beta(1, 2, looks)[:, None]) & came
+            late = kept & (random.random(came.shape) < 1 / 3)
+            heard = (kept & ~late).cumsum(1)
+            heard[:, delay:] += late.cumsum(1)[:, :-delay]
+            shares.append((heard / pictures * came).sum(0))
+        out.append((evidence(came.sum(0), shares[0], came.sum(0), shares[1], 0.0) >= -math.log(0.05)).any())
+    assert np.mean(out) <= 0.05
+
+
 def test_a_difference_is_found():
     random = np.random.default_rng(4)
     found = [difference(sums(random.binomial(1, 0.3, 2000)), sums(random.binomial(1, 0.4, 2000))) for _ in range(20)]
@@ -127,6 +146,15 @@ def test_an_uneven_assignment_is_seen():
     assert mismatch([9010, 990], [9, 1]) > 0.1
     assert mismatch([0, 0], [1, 1]) == 1.0
     assert mismatch([7], [1]) == 1.0
+
+
+def test_a_few_units_are_no_mismatch():
+    """One unit of twenty is in the small arm; that it comes first says nothing."""
+    assert mismatch([0, 1], [95, 5]) == 1.0
+    random = np.random.default_rng(6)
+    found = [mismatch([n - s, s], [95, 5]) for n in (2, 10, 100, 200) for s in map(int, random.binomial(n, 0.05, 1000))]
+    assert np.mean(np.array(found) < 0.001) < 0.003
+    assert mismatch([990, 10], [95, 5]) < 0.001
 
 
 def test_quantiles():

@@ -62,6 +62,8 @@ async def test_lines_take_turns_with_others_and_wait_for_what_is_urgent(store: J
 async def test_lines_have_bounds_of_their_own(database: Database) -> None:
     bounds = Bounds(waiting=1, per_owner=1, lines=5, lines_per_owner=3)
     store = JobStore(database, bounds)
+    with pytest.raises(Overloaded, match="0 lines of batches of this caller"):
+        await store.submit_batch("ada", lines(4))
     await store.submit_batch("ada", lines(3))
     with pytest.raises(Overloaded, match="of this caller"):
         await store.submit_batch("ada", lines(1))
