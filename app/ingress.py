@@ -60,7 +60,7 @@ class Gateway:
         self._budgets = Budgets()
         self._database = Database(settings.database)
         self._migrated = False
-        routing = Router(settings.request_timeout_s, max_cold_wait_s=settings.max_cold_wait_s)
+        routing = Router(settings.request_timeout_s, max_wait_s=settings.max_wait_s)
         router, fetcher = Metered(routing, self._budgets), Fetcher(settings.fetch)
         jobs = outbox = None
         secret = stores.signing_secret(settings.secret_file)

@@ -50,11 +50,11 @@ ORIGIN_PATIENCE_S = 2.0  # a replica that takes longer to say so little had bett
 class Router:
     """One per gateway process."""
 
-    def __init__(self, request_timeout_s: float, attempts: int = ATTEMPTS, max_cold_wait_s: float = math.inf):
-        """`attempts` says to how many replicas a request is sent while they die, `max_cold_wait_s` how much work may
-        wait here for a model that sleeps."""
+    def __init__(self, request_timeout_s: float, attempts: int = ATTEMPTS, max_wait_s: float = math.inf):
+        """`attempts` says to how many replicas a request is sent while they die, `max_wait_s` how much work may wait
+        here for a model that sleeps, or has no room."""
         self._request_timeout_s = request_timeout_s
-        self._admission = Admission(max_cold_wait_s)
+        self._admission = Admission(max_wait_s)
         self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
@@ -86,11 +86,11 @@ class Router:
         whose replica died is sent once more, and what was delivered already is left out. Raises ReplicaDied where the
         last one died too."""
         running = Running(request, self._patience_s(request))
-        hint = Hint.of(request, current.get().id)
+        model, hint = request.model, Hint.of(request, current.get().id)
         with endings.alive(id, running.end), ExitStack() as stack:
             async with running.patience():
-                asleep = await self.state(request.model) in ASLEEP
-            place = stack.enter_context(self._admission.place(request.model, hint.work, asleep))
+                replicas = await self._states.replicas(model)
+            place = stack.enter_context(self._admission.place(model, hint.party.key, hint.work, replicas))
             for attempt in range(1, self._attempts + 1):
                 try:
                     async with aclosing(self._attempt(running, progress, id, hint)) as events:
@@ -266,11 +266,17 @@ class _States:
 
     def __init__(self):
         self._known: dict[str, ModelState] = {}
+        self._replicas: dict[str, int] = {}
         self._asked_at = -STATUS_AGE_S
         self._asking: asyncio.Task[None] | None = None
 
     async def of(self, model: str) -> ModelState:
         return await self.of_application(MODEL_APPLICATION.format(name=model))
+
+    async def replicas(self, model: str) -> int:
+        """How many work on requests."""
+        await self.of(model)
+        return self._replicas.get(MODEL_APPLICATION.format(name=model), 0)
 
     async def of_application(self, name: str) -> ModelState:
         if self._asking is None and time.monotonic() - self._asked_at >= STATUS_AGE_S:
@@ -284,17 +290,27 @@ class _States:
         try:
             status = await asyncio.get_running_loop().run_in_executor(None, serve.status)
             self._known = {name: _state(overview) for name, overview in status.applications.items()}
+            self._replicas = {name: _working(_replicas(overview)) for name, overview in status.applications.items()}
         except (RayError, RayServeException):
             pass  # what was known stays known
         finally:
             self._asking, self._asked_at = None, time.monotonic()
 
 
-def _state(overview: Any) -> ModelState:
+def _replicas(overview: Any) -> Mapping[str, int]:
+    """How many are in each state."""
     deployment = next(iter(overview.deployments.values()), None)  # each application has one
-    replicas = deployment.replica_states if deployment else {}
-    # On a node that drains, a replica works on until another one has taken its place.
-    if replicas.get("RUNNING") or replicas.get("PENDING_MIGRATION"):
+    return deployment.replica_states if deployment else {}
+
+
+def _working(replicas: Mapping[str, int]) -> int:
+    """On a node that drains, a replica works on until another one has taken its place."""
+    return replicas.get("RUNNING", 0) + replicas.get("PENDING_MIGRATION", 0)
+
+
+def _state(overview: Any) -> ModelState:
+    replicas = _replicas(overview)
+    if _working(replicas):
         return "ready"
     if overview.status in ("DEPLOY_FAILED", "DELETING"):
         return "failed"

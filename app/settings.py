@@ -250,7 +250,7 @@ class GatewaySettings(Strict):
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     request_timeout_s: Positive = 600.0
-    max_cold_wait_s: Positive = 120.0  # of work that waits for a model to wake
+    max_wait_s: Positive = 120.0  # of work that waits for a model to wake, or for room at its replicas
     dialects: tuple[Name, ...] = ("native",)
     fetch: FetchSettings = FetchSettings()
     auth: AuthMode = "loopback"
