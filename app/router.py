@@ -22,7 +22,7 @@ from ray.util import list_named_actors
 from app import endings
 from app.admission import Admission, Place
 from app.errors import NotRunning, ReplicaDied
-from app.events import ASLEEP, Admitted, Ending, ModelState, ReplicaEvent, Upscaled
+from app.events import Admitted, Ending, ModelState, ReplicaEvent, Upscaled
 from app.hint import Hint
 from app.keys.caller import current
 from app.origin import Needs, Origin

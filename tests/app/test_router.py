@@ -99,7 +99,10 @@ def routed() -> Callable[..., tuple[Router, Handle]]:
         async def of(_: str) -> str:
             return state
 
-        router._states = SimpleNamespace(of=of)  # pyright: ignore[reportAttributeAccessIssue]
+        async def replicas(_: str) -> int:
+            return int(state == "ready")
+
+        router._states = SimpleNamespace(of=of, replicas=replicas)  # pyright: ignore[reportAttributeAccessIssue]
         return router, handle
 
     return make
@@ -172,9 +175,7 @@ async def test_of_a_model_that_wakes_up_no_more_work_waits_here_than_may(routed)
     told = replace(ADMITTED, seconds_per_work=pace)
     sent = asyncio.Event()
     first = [told, finished(0), finished(1)]
-    router, handle = routed(
-        first, [sent.set, asyncio.Event], [BackPressureError(1, 1)], state="cold", max_cold_wait_s=25.0
-    )
+    router, handle = routed(first, [sent.set, asyncio.Event], [BackPressureError(1, 1)], state="cold", max_wait_s=25.0)
     await collect(router)
     waiting = asyncio.create_task(collect(router))
     await sent.wait()
@@ -192,7 +193,7 @@ async def test_of_a_model_that_wakes_up_no_more_work_waits_here_than_may(routed)
 async def test_who_waits_alone_for_a_model_that_wakes_up_may_bring_any_work(routed):
     told = replace(ADMITTED, seconds_per_work=1000.0)
     drawn = [told, finished(0), finished(1)]
-    router, _ = routed(drawn, drawn, state="loading", max_cold_wait_s=1.0)
+    router, _ = routed(drawn, drawn, state="loading", max_wait_s=1.0)
     for _ in range(2):
         assert len(await collect(router)) == 3
 
