@@ -5,6 +5,7 @@ Ray's exceptions end here: what leaves is an event or an error of models/errors.
 
 import asyncio
 import contextvars
+import math
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -38,6 +39,8 @@ STATUS_TIMEOUT_S = 5.0  # where nothing is known yet
 BACKPRESSURE_RETRY_S = 5.0
 END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
 ORIGIN_PATIENCE_S = 2.0  # a replica that takes longer to say so little had better draw
+ORIGIN_AGE_S = 1.0  # asking takes longer than everything else that a picture from the cache does
+ORIGINS = 1000  # that are remembered
 
 
 class Router:
@@ -49,6 +52,7 @@ class Router:
         self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
+        self._origins: dict[tuple[str, Needs], tuple[Origin | None, float]] = {}
         self._states = _States()
         self._upscaler = UpscalerRoute(self._states)
 
@@ -89,7 +93,18 @@ class Router:
                         ) from death
 
     async def origin(self, model: str, needs: Needs) -> Origin | None:
-        """What a picture would come from that were drawn now; None where no replica says so at once."""
+        """What a picture would come from that were drawn now, by what a replica has said within a second; None
+        where none says so at once."""
+        known, asked_at = self._origins.get((model, needs), (None, -math.inf))
+        if time.monotonic() - asked_at < ORIGIN_AGE_S:
+            return known
+        origin = await self._ask_origin(model, needs)
+        if len(self._origins) >= ORIGINS:
+            self._origins.clear()
+        self._origins[model, needs] = origin, time.monotonic()
+        return origin
+
+    async def _ask_origin(self, model: str, needs: Needs) -> Origin | None:
         response = None
         try:
             async with asyncio.timeout(ORIGIN_PATIENCE_S):

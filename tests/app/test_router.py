@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from app import endings
 from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
+from app.origin import Needs
 from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, GenerationFailed, HeliographError, Overloaded
 from models.events import Finished, Progress
@@ -133,6 +135,31 @@ async def test_serves_refusals_are_ours(routed, fault: Exception, kind: type[Hel
     router, _ = routed([fault])
     with pytest.raises(kind):
         await collect(router)
+
+
+async def test_for_a_second_nobody_is_asked_again_what_would_be_drawn(routed, monkeypatch: pytest.MonkeyPatch):
+    router, handle = routed()
+    asked: list[Needs] = []
+
+    def remote(needs: Needs) -> Response:
+        asked.append(needs)
+        return Response([replace(ORIGIN, revision=str(len(asked)))])
+
+    handle.origin = SimpleNamespace(remote=remote)
+
+    async def revision(needs: Needs) -> str:
+        origin = await router.origin("sd15", needs)
+        assert origin is not None
+        return origin.revision
+
+    assert [await revision(needs) for needs in (Needs(), Needs(), Needs(loras=("ink",)), Needs())] == [
+        "1",
+        "1",
+        "2",
+        "1",
+    ]
+    monkeypatch.setattr("app.router.ORIGIN_AGE_S", 0.0)
+    assert await revision(Needs()) == "3"
 
 
 async def test_nothing_waits_for_ever(routed):
