@@ -45,6 +45,8 @@ BACKPRESSURE_RETRY_S = 5.0  # where no pace is known yet
 END_PATIENCE_S = 5.0  # a replica that is silent for longer is about to be replaced
 _FRESH = 0.2  # what the latest picture counts in a running mean
 ORIGIN_PATIENCE_S = 2.0  # a replica that takes longer to say so little had better draw
+ORIGIN_AGE_S = 1.0  # asking takes longer than everything else that a picture from the cache does
+ORIGINS = 1000  # that are remembered
 
 
 class Router:
@@ -58,6 +60,7 @@ class Router:
         self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
+        self._origins: dict[tuple[str, Needs], tuple[Origin | None, float]] = {}
         self._states = _States()
         self._upscaler = UpscalerRoute(self._states)
 
@@ -107,7 +110,18 @@ class Router:
                         ) from death
 
     async def origin(self, model: str, needs: Needs) -> Origin | None:
-        """What a picture would come from that were drawn now; None where no replica says so at once."""
+        """What a picture would come from that were drawn now, by what a replica has said within a second; None
+        where none says so at once."""
+        known, asked_at = self._origins.get((model, needs), (None, -math.inf))
+        if time.monotonic() - asked_at < ORIGIN_AGE_S:
+            return known
+        origin = await self._ask_origin(model, needs)
+        if len(self._origins) >= ORIGINS:
+            self._origins.clear()
+        self._origins[model, needs] = origin, time.monotonic()
+        return origin
+
+    async def _ask_origin(self, model: str, needs: Needs) -> Origin | None:
         response = None
         try:
             async with asyncio.timeout(ORIGIN_PATIENCE_S):

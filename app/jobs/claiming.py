@@ -73,6 +73,7 @@ async def claim(
     if not await connection.scalar(select(exists().where(QUEUED, jobs.c.model.in_(models)))):
         return ()
     await one_at_a_time(connection, "claims")
+    journal = await Journal.open(connection, payload)  # leases begin now, after others' claims
     running = await _running(connection)
     candidates: dict[str, _Candidate] = {}
     unknown, claims = set(models), list[Claim]()

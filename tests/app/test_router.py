@@ -16,6 +16,7 @@ from app.errors import NotRunning, ReplicaDied
 from app.events import Admitted
 from app.hint import Hint, Party
 from app.keys.caller import Caller, Limits, current
+from app.origin import Needs
 from app.router import Router, UpscalerRoute, _state
 from models.errors import Cancelled, DeadlineTooShort, GenerationFailed, HeliographError, Overloaded
 from models.events import Failed, Finished, Progress
@@ -198,6 +199,31 @@ async def test_who_waits_alone_for_a_model_that_wakes_up_may_bring_any_work(rout
         assert len(await collect(router)) == 3
 
 
+async def test_for_a_second_nobody_is_asked_again_what_would_be_drawn(routed, monkeypatch: pytest.MonkeyPatch):
+    router, handle = routed()
+    asked: list[Needs] = []
+
+    def remote(needs: Needs) -> Response:
+        asked.append(needs)
+        return Response([replace(ORIGIN, revision=str(len(asked)))])
+
+    handle.origin = SimpleNamespace(remote=remote)
+
+    async def revision(needs: Needs) -> str:
+        origin = await router.origin("sd15", needs)
+        assert origin is not None
+        return origin.revision
+
+    assert [await revision(needs) for needs in (Needs(), Needs(), Needs(loras=("ink",)), Needs())] == [
+        "1",
+        "1",
+        "2",
+        "1",
+    ]
+    monkeypatch.setattr("app.router.ORIGIN_AGE_S", 0.0)
+    assert await revision(Needs()) == "3"
+
+
 async def test_nothing_waits_for_ever(routed):
     router, handle = routed([ADMITTED, asyncio.Event], timeout_s=0.05)
     with pytest.raises(GenerationFailed) as failed:
@@ -335,7 +361,7 @@ async def test_a_request_accepted_while_no_replica_has_it_ends_where_it_had_come
             await found.wait()
         return "ready"
 
-    router._states = SimpleNamespace(of=of)
+    router._states.of = of
     asking = asyncio.create_task(collect(router))
     await looking.wait()
     assert await router.end("accept", "id-1") is True

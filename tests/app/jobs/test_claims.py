@@ -5,8 +5,9 @@ import sys
 from collections import Counter
 
 from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.database import Database
+from app.database import Database, clock, one_at_a_time
 from app.jobs.claiming import EXPIRED_AT_ONCE
 from app.jobs.job import Claim
 from app.jobs.states import State
@@ -51,6 +52,23 @@ async def test_tasks_that_claim_at_once_never_get_the_same_job(store: JobStore) 
     assert len(claimed) == len(set(claimed))
     left = await claim_all(store)  # a claimer that meets only locked rows goes away with nothing
     assert {*claimed, *(held.id for held in left)} == ids
+
+
+async def test_a_lease_begins_when_the_claimers_turn_has_come(store: JobStore, database: Database) -> None:
+    await submit(store)
+    begun = asyncio.Event()
+
+    async def busy(connection: AsyncConnection) -> float:
+        await one_at_a_time(connection, "claims")
+        begun.set()
+        await asyncio.sleep(0.3)
+        return await clock(connection)
+
+    other = asyncio.create_task(database.write(busy))
+    await begun.wait()
+    [held] = await claim(store)
+    assert held.job.started_at is not None
+    assert held.job.started_at > await other - 0.01
 
 
 async def test_processes_that_claim_at_once_never_get_the_same_job(store: JobStore, url: str) -> None:
