@@ -41,7 +41,7 @@ class Recorder:
             self._writing = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
         if not self._away:
             await asyncio.wait(written, timeout=self._patience_s)
-        return all(one.done() for one in written)
+        return all(one.done() and not one.cancelled() for one in written)
 
     async def _run(self) -> None:
         while self._pending:
@@ -54,10 +54,20 @@ class Recorder:
                 self._away = True
                 await asyncio.sleep(self._pause_s)
                 continue
+            except Exception:  # trying again would help nobody, and keep those that come after
+                _log.exception("%d exposures are lost", len(some))
+                self._take_off(some)
+                for _, future in some:
+                    future.cancel()
+                continue
             self._away = False
-            gone = {id(one) for one in some}
-            while self._pending and id(self._pending[0]) in gone:  # the oldest may have been given up meanwhile
-                self._pending.popleft()
+            self._take_off(some)
             for _, future in some:
                 if not future.done():
                     future.set_result(None)
+
+    def _take_off(self, some: Sequence[tuple[Exposure, asyncio.Future[None]]]) -> None:
+        """The oldest may have been given up meanwhile."""
+        gone = {id(one) for one in some}
+        while self._pending and id(self._pending[0]) in gone:
+            self._pending.popleft()

@@ -95,3 +95,18 @@ async def test_a_client_that_leaves_takes_no_exposure_with_it():
     leaving.cancel()
     await asyncio.sleep(0.2)
     assert len(journal.written) == 1
+
+
+async def test_what_cannot_be_written_is_lost_and_said_so_and_the_next_is_written(caplog: pytest.LogCaptureFixture):
+    journal = Journal()
+
+    async def write(some: Sequence[Exposure]) -> None:
+        if some[0].id == exposure(0).id:
+            raise ValueError("no such column")
+        await journal.write(some)
+
+    keeping = Recorder(write)
+    assert not await keeping.record([exposure(0)])
+    assert "1 exposures are lost" in caplog.text
+    assert await keeping.record([exposure(1)])
+    assert [one.id for one in journal.written] == [exposure(1).id]
