@@ -73,8 +73,9 @@ async def claim(
     if not await connection.scalar(select(exists().where(QUEUED, jobs.c.model.in_(models)))):
         return ()
     await one_at_a_time(connection, "claims")
-    journal = await Journal.open(connection, payload)  # leases begin now, after others' claims
     running = await _running(connection)
+    # Leases begin now, after others' claims; and what has ended, so that this may run, ended before by the same clock.
+    journal = await Journal.open(connection, payload)
     candidates: dict[str, _Candidate] = {}
     unknown, claims = set(models), list[Claim]()
     while len(claims) < limit and room >= 0:

@@ -3,11 +3,14 @@
 import asyncio
 import sys
 from collections import Counter
+from typing import Any
 
+import pytest
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.database import Database, clock, one_at_a_time
+from app.jobs import claiming
 from app.jobs.claiming import EXPIRED_AT_ONCE
 from app.jobs.job import Claim
 from app.jobs.states import State
@@ -69,6 +72,29 @@ async def test_a_lease_begins_when_the_claimers_turn_has_come(store: JobStore, d
     [held] = await claim(store)
     assert held.job.started_at is not None
     assert held.job.started_at > await other - 0.01
+
+
+async def test_what_makes_room_for_a_job_ends_before_it_begins(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the times that are written down. On SQLite the second is not claimed before the first has ended."""
+    for _ in range(2):
+        await submit(store, at_once=1)
+    first, count, counting = await claim_one(store), claiming._running, asyncio.Event()
+
+    async def slow(connection: AsyncConnection) -> Any:
+        counting.set()
+        await asyncio.sleep(0.3)
+        return await count(connection)
+
+    monkeypatch.setattr(claiming, "_running", slow)
+    claimed = asyncio.create_task(claim(store))
+    await counting.wait()
+    ended = await store.succeed(first, {"images": []})
+    [second] = await claimed or await claim(store)
+    assert second.job.started_at is not None
+    assert ended.finished_at is not None
+    assert second.job.started_at > ended.finished_at
 
 
 async def test_processes_that_claim_at_once_never_get_the_same_job(store: JobStore, url: str) -> None:
