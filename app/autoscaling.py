@@ -37,7 +37,7 @@ class WorkPolicy:
             return max(context.target_num_replicas, 1), {}
         request_s = [s for s in _freshest(context, "request_s").values() if s]  # a new replica has met none yet
         mean_s = sum(request_s) / len(request_s) if request_s else 0.0
-        queued = context.total_queued_requests or 0.0
+        queued = _queued(context)
         seconds = sum(left.values()) + mean_s * queued
         wanted = max(_ceil(seconds / self._drain_s), _ceil(_in_use(context) / HEADROOM))
         wanted = min(wanted, _ceil(sum(_freshest(context, "pictures").values()) + queued))
@@ -48,6 +48,13 @@ def _freshest(context: "AutoscalingContext", name: str) -> Mapping[Any, float]:
     """Each running replica's last report of a number; those that have not reported yet are not in it."""
     series = (context.raw_metrics or {}).get(name, {})
     return {replica: points[-1].value for replica, points in series.items() if points}
+
+
+def _queued(context: "AutoscalingContext") -> float:
+    """Requests that wait at handles. Serve tells their peak over its window, and that of all requests: what replicas
+    have taken on meanwhile stands in their own reports."""
+    taken = sum(_freshest(context, "requests").values())
+    return min(context.total_queued_requests or 0.0, max(0.0, context.total_num_requests - taken))
 
 
 def _in_use(context: "AutoscalingContext") -> float:

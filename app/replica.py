@@ -88,7 +88,7 @@ class Model:
                 loop.call_soon_threadsafe(events.put_nowait, Failed(error=Cancelled()))
 
         try:
-            with endings.alive(id, end):
+            with endings.alive(id, end), self._vitals.under_way():
                 yield Admitted(waiting=waiting, origin=origin, seconds_per_work=self._pace)
                 unfinished = request.samples
                 while unfinished:

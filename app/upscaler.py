@@ -84,6 +84,7 @@ class Upscaler:
         return {
             "seconds_left": self._pictures * self._seconds,
             "pictures": float(self._pictures),
+            "requests": float(self._pictures),
             "request_s": self._seconds,
             "busy": float(self._pictures > 0),
         }

@@ -1,6 +1,8 @@
 """What a replica tells Serve of itself: to the autoscaler how much there is to do, to routers what it is warm for."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from app.hint import Hint
@@ -17,6 +19,7 @@ class Vitals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mean_work = 0.0
+        self._requests = 0
         self._loras: dict[str, None] = {}  # in the order in which they were met last
         self._sizes: dict[str, None] = {}
 
@@ -27,12 +30,24 @@ class Vitals:
             _meet(self._loras, hint.loras)
             _meet(self._sizes, (hint.size,))
 
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Counts a request for as long as it is here."""
+        with self._lock:
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+
     def autoscaling(self, load: Load, pace: float) -> dict[str, float]:
-        """For app.autoscaling.WorkPolicy: seconds of work left, of how many pictures, seconds of a mean request, and
-        the share of what the replica can do that is in use."""
+        """For app.autoscaling.WorkPolicy: seconds of work left, of how many pictures and requests, seconds of a mean
+        request, and the share of what the replica can do that is in use."""
         return {
             "seconds_left": load.work_left * pace,
             "pictures": float(load.waiting + load.running),
+            "requests": float(self._requests),
             "request_s": self._mean_work * pace,
             "busy": busy(load, pace),
         }

@@ -30,7 +30,7 @@ def context(
     """What Serve's controller tells of running replicas; None is one that has not reported yet."""
     ids = [ReplicaID(str(number), MODEL) for number in range(len(stats))]
     told = [(id, one) for id, one in zip(ids, stats, strict=True) if one is not None]
-    names = ("seconds_left", "pictures", "request_s", "busy")
+    names = ("seconds_left", "pictures", "requests", "request_s", "busy")
     raw = {n: {id: series(n, s[n]) for id, s in told} for n in names}
     return AutoscalingContext(
         deployment_id=MODEL, deployment_name=MODEL.name, app_name=MODEL.app_name,
@@ -48,8 +48,10 @@ def series(name: str, value: float) -> list[TimeStampedValue]:
     return [TimeStampedValue(0, before), TimeStampedValue(1, 1.5 * value if name == "busy" else value)]
 
 
-def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures: float = 99.0) -> dict[str, float]:
-    return {"seconds_left": left, "pictures": pictures, "request_s": request, "busy": busy}
+def replica(
+    left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures: float = 99.0, requests: float = 0.0
+) -> dict[str, float]:
+    return {"seconds_left": left, "pictures": pictures, "requests": requests, "request_s": request, "busy": busy}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,11 @@ def replica(left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures
             context(replica(left=20.0, busy=1.0), *3 * [replica(request=0.0)], requests=50, queued=40),
             6,
             id="what waits is not small to replicas that have just started",
+        ),
+        pytest.param(
+            context(replica(left=20.0, busy=1.0, requests=50), requests=50, queued=40),
+            2,
+            id="what has waited a moment ago and is in an engine now counts once",
         ),
         pytest.param(context(*4 * [replica(left=2.0, busy=0.75)], requests=8), 4, id="steady traffic holds them"),
         pytest.param(context(*4 * [replica(left=1.0, busy=0.35)], requests=8), 2, id="less traffic"),
@@ -114,10 +121,12 @@ def load(work_left: float = 0.0, seconds_per_work: float = 0.5, waiting: int = 0
 
 def test_a_replica_tells_what_is_left_and_what_a_mean_request_takes():
     vitals = Vitals()
-    assert vitals.autoscaling(load(), 0.5) == {"seconds_left": 0.0, "pictures": 0.0, "request_s": 0.0, "busy": 0.0}
+    assert set(vitals.autoscaling(load(), 0.5).values()) == {0.0}
     vitals.note(Hint(work=8.0))
-    told = {"seconds_left": 3.0, "pictures": 3.0, "request_s": 4.0, "busy": 1.0}
-    assert vitals.autoscaling(load(6.0, waiting=2, running=1), 0.5) == told
+    told = {"seconds_left": 3.0, "pictures": 3.0, "requests": 2.0, "request_s": 4.0, "busy": 1.0}
+    with vitals.under_way(), vitals.under_way():
+        assert vitals.autoscaling(load(6.0, waiting=2, running=1), 0.5) == told
+    assert vitals.autoscaling(load(), 0.5)["requests"] == 0.0
     for _ in range(200):
         vitals.note(Hint(work=4.0))
     assert vitals.autoscaling(load(), 0.5)["request_s"] == pytest.approx(2.0, rel=0.01)
