@@ -218,8 +218,9 @@ class Fleet:
 
 
 def configured(**options: Any) -> AutoscalingConfig:
-    defaults: dict[str, Any] = {"min_replicas": 1, "max_replicas": 16, "upscale_delay_s": 2, "downscale_delay_s": 60}
-    return AutoscalingConfig(**defaults | {"look_back_period_s": 15} | options)
+    defaults = {"min_replicas": 1, "max_replicas": 16, "upscale_delay_s": 2, "downscale_delay_s": 60}
+    given: Any = defaults | {"look_back_period_s": 15} | options
+    return AutoscalingConfig(**given)
 
 
 def changes(counts: list[int]) -> int:
