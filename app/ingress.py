@@ -6,6 +6,7 @@
 import asyncio
 import contextvars
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from app.metered import Metered
 from app.pictures import pictures
 from app.results.results import Results
 from app.service import Service
-from app.settings import CatalogueSettings, GatewaySettings, QueueSettings
+from app.settings import START_S, CatalogueSettings, GatewaySettings, QueueSettings
 from app.stores.store import Store
 from models.errors import HeliographError
 from models.request import warm_up_request
@@ -56,7 +57,7 @@ class Gateway:
     def __init__(self, settings: GatewaySettings):
         from app.router import Router  # the only thing here that needs Ray
 
-        self._settings = settings
+        self._settings, self._made_at = settings, time.monotonic()
         self._budgets = Budgets()
         self._database = Database(settings.database)
         self._migrated = False
@@ -93,6 +94,12 @@ class Gateway:
         self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
         self._experiments.offer(catalogue.experiments)
         self._readiness.warm_up()
+
+    def check_health(self) -> None:
+        """Raises where no models have come for long, so that Serve replaces the replica: a controller that is started
+        anew takes up replicas that had not started yet, and does not ask what became of that."""
+        if not self._service.default_model and time.monotonic() - self._made_at > START_S:
+            raise RuntimeError("the gateway was not told its models, or could not take them over; its log says why")
 
     async def _mark_store(self) -> None:
         try:

@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import socket
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import fields
@@ -26,7 +27,7 @@ from app.jobs.service import UPSCALER
 from app.jobs.store import JobStore
 from app.results.results import Results
 from app.service import Service
-from app.settings import CatalogueSettings, RunnerSettings
+from app.settings import START_S, CatalogueSettings, RunnerSettings
 from app.webhooks.deliverer import Deliverer
 from models.errors import HeliographError
 from models.events import Finished, Progress
@@ -65,6 +66,7 @@ class JobRunner:
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._runner = Runner(name, jobs, maker, pace)
         self._deliverer = Deliverer(Outbox(self._database), Fetcher(settings.fetch))
+        self._made_at = time.monotonic()
         self._working: tuple[asyncio.Task[None], ...] = ()
         self._keeping: tuple[asyncio.Task[None], ...] = ()
 
@@ -80,7 +82,9 @@ class JobRunner:
             self._keeping = (_lasting(keep_house(self._results)),)
 
     def check_health(self) -> None:
-        """Raises where the work has ended, so that Serve replaces the replica."""
+        """Raises where the work has ended, or has not begun for long, so that Serve replaces the replica."""
+        if not self._working and time.monotonic() - self._made_at > START_S:
+            raise RuntimeError("the runner was not told its models, or could not begin; its log says why")
         if any(task.done() for task in (*self._working, *self._keeping)):
             raise RuntimeError("the runner has ended; its log says why")
 

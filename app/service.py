@@ -32,6 +32,7 @@ from models.request import EffectiveRequest, GenerationRequest
 from models.upscaler_card import UpscalerCard
 
 REQUEST_S = 600.0  # that a request may take, unless said
+STARTS_S = 1.0  # until a process that starts may know its models
 GONE_RETRY_S = 1.0  # there is nothing to wait for: they are made anew
 _ID = re.compile("[0-9a-f]{32}")
 
@@ -130,7 +131,8 @@ class Service:
         return self._default_model
 
     def card(self, model: str) -> ModelCard:
-        """A model's card. Raises NotFound listing the models there are."""
+        """A model's card. Raises NotFound listing the models there are, Unavailable before any is on offer."""
+        self._check_offer()
         if model not in self._cards:
             raise NotFound(f"there is no model {model!r}; the models are: {', '.join(self._cards)}")
         return self._cards[model]
@@ -329,8 +331,14 @@ class Service:
         await self._router.check_upscaler()
         return replace(request, upscale=upscale)
 
+    def _check_offer(self) -> None:
+        """A process that was given no models yet does not say that there are none."""
+        if not self._cards:
+            raise Unavailable(STARTS_S, "the server has just started and has not been told its models yet")
+
     async def models(self) -> list[ModelDescription]:
-        """Every model on offer."""
+        """Every model on offer. Raises Unavailable before there is any."""
+        self._check_offer()
         return [await self.model(name) for name in self._cards]
 
     async def model(self, name: str) -> ModelDescription:

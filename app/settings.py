@@ -21,6 +21,7 @@ from models.upscaler_card import LANCZOS, UpscalerCard
 from models.upscaling import UPSCALING
 
 PROJECT = Path(__file__).resolve().parent.parent
+START_S = 120.0  # that a gateway or runner may take over its `user_config`, for which it needs the database
 MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; the router finds it by this name
 MODEL_DEPLOYMENT = "Model"
 UPSCALER_APPLICATION = "upscaler"

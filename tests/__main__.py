@@ -1,7 +1,7 @@
 """`python -m tests`: every test, in two processes side by side. All that has a server is for one of them.
 
 The tests of the server mostly wait for it, so the others cost hardly more time. Ray's workers have a niceness of 15
-(`RAY_worker_niceness`): so have the others, or they would hold the server up. What is said of it comes last.
+(`RAY_worker_niceness`): so have the others, nearly, or they would hold the server up. What is said of it comes last.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 PYTEST = (sys.executable, "-m", "pytest")
-NICENESS = "15"
+NICENESS = "12"
 SERVER = str(Path(__file__).parent / "acceptance")
 
 

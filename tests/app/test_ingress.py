@@ -3,18 +3,22 @@
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
-from app import ingress
+from app import ingress, job_runner
 from app.service import Service
-from app.settings import GatewaySettings
+from app.settings import FolderSettings, GatewaySettings, RunnerSettings
 from models.errors import GenerationFailed, Overloaded
 from tests.app.conftest import MemoryRouter
 
 DEEP = '{"prompt": ' + "[" * 90_000
 OK = '{"prompt": "x"}'
+SD15 = {"name": "sd15", "family": "sd", "source": "models/embedded/sd15"}
+USER_CONFIG: dict[str, Any] = {"default_model": "sd15", "models": [SD15]}
 
 # body, status, field, a word of the message
 REFUSED = [
@@ -202,3 +206,41 @@ async def test_a_body_that_has_arrived_may_take_long_to_draw(service: Service, r
         await asyncio.sleep(0.4)
         router.gate.set()
         assert (await asking).status_code == 200
+
+
+async def test_a_process_without_models_yet_asks_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where a controller died while the gateway started: its successor sends requests there at once."""
+    gateway = ingress.Gateway(
+        GatewaySettings(database=f"sqlite:///{tmp_path}/x.db", secret_file=str(tmp_path / "secret"))
+    )
+    transport = httpx2.ASGITransport(gateway.__serve_build_asgi_app__())
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answers = [await client.post("/v1/generate", content=OK), await client.get("/v1/models")]
+        answers.append(await client.post("/v1/generate", json={"prompt": "x", "model": "sd15"}))
+    assert [answer.status_code for answer in answers] == [503] * 3
+    assert all(answer.headers["retry-after"] and answer.json()["error"]["retryable"] for answer in answers)
+    gateway.check_health()
+    monkeypatch.setattr(ingress, "START_S", 0.0)
+    with pytest.raises(RuntimeError, match="not told its models"):
+        gateway.check_health()
+    await gateway.reconfigure(USER_CONFIG)
+    gateway.check_health()
+    await gateway._database.close()
+
+
+class Runner(job_runner.JobRunner):
+    """Serve awaits what Python, when it throws the runner away, would only call."""
+
+    def __del__(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+
+async def test_a_runner_that_never_begins_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = FolderSettings(kind="folder", path=str(tmp_path / "pictures"))
+    database, secret = f"sqlite:///{tmp_path}/x.db", str(tmp_path / "secret")
+    runner = Runner(RunnerSettings(store=store, database=database, secret_file=secret))
+    runner.check_health()
+    monkeypatch.setattr(job_runner, "START_S", 0.0)
+    with pytest.raises(RuntimeError, match="could not begin"):
+        runner.check_health()
+    await job_runner.JobRunner.__del__(runner)
