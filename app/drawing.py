@@ -8,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from app.cache import fingerprint_aside
 from app.events import Admitted, ReplicaEvent, not_kept
 from app.keys.caller import current
 from app.origin import Needs, Origin
@@ -105,18 +104,18 @@ class Drawing:
         self._replicas, self._results = replicas, results
 
     async def events(
-        self, wanted: EffectiveRequest, began: float, progress: bool, again: bool, urls: bool
+        self, wanted: EffectiveRequest, began: float, progress: bool, about: str | None, urls: bool
     ) -> AsyncGenerator[StreamEvent, None]:
-        """What happens to a request: it is found, where that is allowed `again`, or drawn and kept.
+        """What happens to a request: it is found by its fingerprint, where `about` is that, or drawn and kept.
 
         Its deadline counts from when it `began`, by time.monotonic().
         """
-        found = await self._found(wanted) if again else None
+        found = await self._found(wanted, about) if about else None
         if found is None:
             async with aclosing(self._draw(wanted, began, progress)) as events:
                 async for event in events:
                     if isinstance(event, GenerationResult):
-                        event = await self._kept(event, again and event.whole, urls)
+                        event = await self._kept(event, about if event.whole else None, urls)
                     yield event
             return
         for event in told_at_once(found):
@@ -153,7 +152,7 @@ class Drawing:
             origin=origin,
         )
 
-    async def _found(self, wanted: EffectiveRequest) -> GenerationResult | None:
+    async def _found(self, wanted: EffectiveRequest, about: str) -> GenerationResult | None:
         """The pictures of the same request that are kept, where they are still what would be drawn. Where they cannot
         be had at once, drawing does without."""
         started = time.monotonic()
@@ -162,7 +161,7 @@ class Drawing:
         try:
             async with asyncio.timeout(LOOKUP_S):
                 asking = self._replicas.origin(wanted.model, Needs.of(wanted))
-                origin, kept = await asyncio.gather(asking, self._looked_up(self._results, wanted))
+                origin, kept = await asyncio.gather(asking, _looked_up(self._results, about))
         except (TimeoutError, Unavailable, NotFound, InvalidRequest):
             return None
         if origin is None or kept is None or not origin.drew(kept[0].receipt):
@@ -180,24 +179,23 @@ class Drawing:
             keys=result.keys,
         )
 
-    async def _looked_up(
-        self, results: Results, wanted: EffectiveRequest
-    ) -> tuple[Result, tuple[Finished, ...]] | None:
-        """The newest result of the same request, with its pictures, whatever weights they were drawn with.
-
-        Raises Unavailable, NotFound, InvalidRequest.
-        """
-        result = await results.find(current.get().id, await fingerprint_aside(wanted))
-        if result is None:
-            return None
-        return result, await asyncio.to_thread(receipts.images, result.receipt, await results.files(result))
-
-    async def _kept(self, result: GenerationResult, again: bool, urls: bool) -> GenerationResult:
+    async def _kept(self, result: GenerationResult, about: str | None, urls: bool) -> GenerationResult:
         if self._results is None or result.origin is None:
             return result
         drawn = Drawn(request=result.request, origin=result.origin, images=result.images)
-        kept = await keep(self._results, current.get().id, drawn, again=again, pictures=urls)
+        kept = await keep(self._results, current.get().id, drawn, about=about, pictures=urls)
         return replace(result, **vars(kept))
+
+
+async def _looked_up(results: Results, about: str) -> tuple[Result, tuple[Finished, ...]] | None:
+    """The newest result of a request with that fingerprint, with its pictures, whatever weights they were drawn with.
+
+    Raises Unavailable, NotFound, InvalidRequest.
+    """
+    result = await results.find(current.get().id, about)
+    if result is None:
+        return None
+    return result, await asyncio.to_thread(receipts.images, result.receipt, await results.files(result))
 
 
 def told_at_once(result: GenerationResult) -> tuple[StreamEvent, ...]:

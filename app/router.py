@@ -60,7 +60,7 @@ class Router:
         self._attempts = attempts
         # Each `.options()` makes a router with its own long poll and metrics pusher: one handle per model, kept.
         self._handles: dict[str, Any] = {}
-        self._origins: dict[tuple[str, Needs], tuple[Origin | None, float]] = {}
+        self._origins: dict[tuple[str, Needs], tuple[Origin, float]] = {}
         self._states = _States()
         self._upscaler = UpscalerRoute(self._states)
 
@@ -112,13 +112,14 @@ class Router:
     async def origin(self, model: str, needs: Needs) -> Origin | None:
         """What a picture would come from that were drawn now, by what a replica has said within a second; None
         where none says so at once."""
-        known, asked_at = self._origins.get((model, needs), (None, -math.inf))
-        if time.monotonic() - asked_at < ORIGIN_AGE_S:
+        known, said_at = self._origins.get((model, needs), (None, -math.inf))
+        if time.monotonic() - said_at < ORIGIN_AGE_S:
             return known
         origin = await self._ask_origin(model, needs)
         if len(self._origins) >= ORIGINS:
             self._origins.clear()
-        self._origins[model, needs] = origin, time.monotonic()
+        if origin is not None:
+            self._origins[model, needs] = origin, time.monotonic()
         return origin
 
     async def _ask_origin(self, model: str, needs: Needs) -> Origin | None:

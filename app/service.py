@@ -203,7 +203,8 @@ class Service:
         if again and shared:
             events = self._shared(wanted, began, progress, urls)
         else:
-            events = self._drawing.events(wanted, began, progress, again, urls)
+            about = await fingerprint_aside(wanted) if again else None
+            events = self._drawing.events(wanted, began, progress, about, urls)
         async with aclosing(self.experiments.watched(wanted, began, events)) as watched:
             async for event in watched:
                 if isinstance(event, GenerationResult):
@@ -221,7 +222,7 @@ class Service:
     async def _draw_unkept(self, request: GenerationRequest) -> None:
         """Draws a request that nobody sees and nothing is kept of."""
         began, wanted = time.monotonic(), await self.resolve(request)
-        await _last(self.experiments.watched(wanted, began, self._unkept.events(wanted, began, False, False, False)))
+        await _last(self.experiments.watched(wanted, began, self._unkept.events(wanted, began, False, None, False)))
 
     async def _shared(
         self, wanted: EffectiveRequest, began: float, progress: bool, urls: bool
@@ -230,16 +231,17 @@ class Service:
 
         What others get is whole; who joins has a request of their own, which may have been ordered otherwise.
         """
-        about = f"{current.get().id} {await fingerprint_aside(wanted)}"
+        about = await fingerprint_aside(wanted)
+        place = f"{current.get().id} {about}"
         patience_s = min(wanted.deadline_s or self._patience_s, self._patience_s)
-        result = await self._flights.joined(about, patience_s)
+        result = await self._flights.joined(place, patience_s)
         if result is not None:
             mine = {"id": uuid.uuid4().hex, "created": int(time.time()), "total_s": time.monotonic() - began}
             for event in told_at_once(replace(result, request=wanted, cached=True, **mine)):
                 yield event
             return
-        with self._flights.lead(about) as flight:
-            async with aclosing(self._drawing.events(wanted, began, progress, True, urls)) as events:
+        with self._flights.lead(place) as flight:
+            async with aclosing(self._drawing.events(wanted, began, progress, about, urls)) as events:
                 async for event in events:
                     if isinstance(event, GenerationResult) and event.whole:
                         flight.set_result(event)
@@ -337,14 +339,17 @@ class Service:
             raise Unavailable(STARTS_S, "the server has just started and has not been told its models yet")
 
     async def models(self) -> list[ModelDescription]:
-        """Every model on offer. Raises Unavailable before there is any."""
+        """Every model on offer, even while the offer changes. Raises Unavailable before there is any."""
         self._check_offer()
-        return [await self.model(name) for name in self._cards]
+        cards, default = self._cards.values(), self._default_model
+        return [await self._described(card, default) for card in cards]
 
     async def model(self, name: str) -> ModelDescription:
         """One model. Raises NotFound listing the models there are."""
-        card = self.card(name)
-        return ModelDescription(card=card, state=await self._router.state(name), default=name == self._default_model)
+        return await self._described(self.card(name), self._default_model)
+
+    async def _described(self, card: ModelCard, default: str) -> ModelDescription:
+        return ModelDescription(card=card, state=await self._router.state(card.name), default=card.name == default)
 
     async def sleeps(self, model: str | None = None) -> bool:
         """Whether a request would have to wait for the model, or without one the upscaler, to wake. Raises NotFound."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from app.cache import fingerprint_aside
 from app.events import Upscaled
 from app.results import receipt as receipts
 from app.results.receipt import Drawn
@@ -24,20 +23,20 @@ class Kept:
     fault: Unavailable | None = None
 
 
-async def keep(results: Results, owner: str, drawn: Drawn, *, again: bool, pictures: bool) -> Kept:
-    """Keeps a receipt with the input pictures it needs, and the pictures where they are to be given out `again`, to who
-    sends the same request, or where `pictures` asks for it."""
+async def keep(results: Results, owner: str, drawn: Drawn, *, about: str | None, pictures: bool) -> Kept:
+    """Keeps a receipt with the input pictures it needs, and the pictures where they are to be given out again, to who
+    sends a request with the fingerprint `about`, or where `pictures` asks for it."""
     id, keys, fault = new_id(), (), None
     try:
-        if results.stores and (again or pictures):
+        if results.stores and (about or pictures):
             keys = await results.put(id, drawn.images)
         if results.stores:
             await results.put_inputs(id, drawn.request)
     except Unavailable as full:
         fault = full
-    about = await fingerprint_aside(drawn.request) if again and keys else None
     receipt = await asyncio.to_thread(receipts.compose, id, int(time.time()), drawn)
-    return await _recorded(results, owner, receipt, Kept(receipt_id=id, keys=keys, fault=fault), about)
+    kept = Kept(receipt_id=id, keys=keys, fault=fault)
+    return await _recorded(results, owner, receipt, kept, about if keys else None)
 
 
 async def keep_enlarged(results: Results, owner: str, enlarged: Upscaled, wanted: Upscale, *, pictures: bool) -> Kept:

@@ -46,7 +46,9 @@ def application(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def offered(server: Server) -> list[str]:
-    return [model["id"] for model in httpx2.get(f"{server.address}/v1/models", timeout=30).json()["data"]]
+    answer = httpx2.get(f"{server.address}/v1/models", timeout=30)
+    assert answer.status_code == 200, answer.text
+    return [model["id"] for model in answer.json()["data"]]
 
 
 def states(server: Server, name: str) -> list[str]:

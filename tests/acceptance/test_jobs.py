@@ -18,7 +18,7 @@ from bench.serving import PROJECT
 from tests.acceptance.conftest import ENVIRONMENT, Server, serving
 
 DRAW: dict[str, Any] = {"prompt": "a red circle on a blue background", "seed": 7, "async": True, "cache": False}
-LONG = DRAW | {"steps": 150, "width": 192, "height": 192}  # seconds, so that something can happen meanwhile
+LONG = DRAW | {"steps": 80, "width": 192, "height": 192}  # seconds, so that something can happen meanwhile
 RUNS_AGAIN_S = 15.0
 
 

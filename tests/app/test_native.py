@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from app.dialects import native
+from app.service import Service
 from models.errors import InvalidRequest
 from models.images import Picture, encode
 from models.request import GenerationRequest
-from tests.app.conftest import MemoryRouter
+from tests.app.conftest import CARDS, MemoryRouter
 
 PNG = encode(np.full((64, 64, 3), 9, np.uint8), "png")
 
@@ -160,3 +161,16 @@ async def test_the_models_say_what_they_can_do(client: httpx2.AsyncClient):
     assert one["samplers"]["euler_a"] == ["default", "sgm_uniform"]
     assert one["limits"]["max_pixels"] == 1024 * 1024
     assert (await client.get("/v1/models/nope")).status_code == 404
+
+
+async def test_a_list_of_models_is_whole_while_the_offer_changes(
+    client: httpx2.AsyncClient, service: Service, router: MemoryRouter, monkeypatch: pytest.MonkeyPatch
+):
+    async def changes(name: str) -> str:
+        service.offer({"sdxl": CARDS["sdxl"]}, "sdxl")
+        return "ready"
+
+    monkeypatch.setattr(router, "state", changes)
+    listed = (await client.get("/v1/models")).json()["data"]
+    assert [(model["id"], model["default"]) for model in listed] == [("sd15", True), ("sdxl", False)]
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["sdxl"]

@@ -184,7 +184,7 @@ async def test_a_result_is_found_until_an_address_would_outlive_it(results: Resu
 
 async def test_without_a_store_there_are_receipts_and_no_pictures(database: Database):
     results = Results(database, None, KEEP_S)
-    made = await keep(results, "ada", drawn(image=WHITE), again=True, pictures=True)
+    made = await keep(results, "ada", drawn(image=WHITE), about="f", pictures=True)
     assert (made.keys, made.fault) == ((), None)
     assert made.receipt_id is not None
     found = await results.get("ada", made.receipt_id)
@@ -196,10 +196,10 @@ async def test_without_a_store_there_are_receipts_and_no_pictures(database: Data
 
 
 async def test_a_picture_that_is_not_to_be_given_again_is_not_stored(results: Results, folder: Folder):
-    made = await keep(results, "ada", drawn(), again=False, pictures=False)
+    made = await keep(results, "ada", drawn(), about=None, pictures=False)
     assert made.receipt_id is not None
     assert await stored(folder) == set()
-    by_address = await keep(results, "ada", drawn(), again=False, pictures=True)
+    by_address = await keep(results, "ada", drawn(), about=None, pictures=True)
     assert await stored(folder) == set(by_address.keys)
 
 
@@ -207,7 +207,7 @@ async def test_a_store_that_is_full_costs_the_pictures_and_not_the_receipt(datab
     folder = Folder(tmp_path / "full", Links(SECRET))
     (tmp_path / "full" / "results").write_text("a file where a folder is to be made")
     results = Results(database, folder, KEEP_S)
-    made = await keep(results, "ada", drawn(), again=True, pictures=True)
+    made = await keep(results, "ada", drawn(), about="f", pictures=True)
     assert made.keys == ()
     assert made.fault is not None
     assert made.receipt_id is not None
