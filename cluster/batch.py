@@ -22,6 +22,7 @@ from app import deployment, settings
 from app.config_option import CONFIG, Config
 from app.settings import ModelSettings
 from cluster.actor import Actor, Work
+from cluster.beginnings import Beginnings
 from cluster.manifest import Manifest
 from cluster.place import S3
 from cluster.progress import Telling
@@ -77,7 +78,8 @@ class Batch:
         Raises InvalidRequest, StoreUnavailable, Stopped.
         """
         check(self.input)
-        manifest = Manifest(self.work.place())
+        place = self.work.place()
+        manifest = Manifest(place)
         recorded = manifest.recorded()
         missing = [] if manifest.whole else [r.columns() for r in rows(self.input) if r.number not in recorded]
         manifest.begin(self._identity())  # only now: an input that is refused claims no place
@@ -90,6 +92,7 @@ class Batch:
             raise Stopped(
                 f"{len(left)} rows are not in the manifest, by another run at the same time. The same command goes on"
             )
+        Beginnings(place).forget()
         return manifest.counts()
 
     def _identity(self) -> dict[str, Any]:

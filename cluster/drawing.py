@@ -16,6 +16,7 @@ from app import wire
 from app.dialects.native import GenerateBody, parameters, to_request
 from app.errors import envelope
 from app.stores.store import CONTENT_TYPES
+from cluster.beginnings import ALONE, TOGETHER, Beginnings
 from cluster.inputs import Pictures
 from cluster.manifest import SCHEMA, Manifest, Record
 from cluster.place import Place
@@ -35,6 +36,9 @@ LOOK_S = 5.0  # how often a silent engine is asked how it is
 
 Heard = queue.SimpleQueue[tuple[int, Event]]  # events of rows, by number
 
+_DEATHS = f"its process ended {TOGETHER} times with its block, and {ALONE} times while it drew this row alone"
+_POISONED = {"code": "poisoned", "message": _DEATHS, "retryable": False}
+
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +57,7 @@ class Drawer:
 
     def __init__(self, engine: "Engine", pictures: Pictures, place: Place):
         self._engine, self._pictures, self._place = engine, pictures, place
-        self._manifest = Manifest(place)
+        self._manifest, self._beginnings = Manifest(place), Beginnings(place)
         self._keepers = ThreadPoolExecutor(KEEPERS, thread_name_prefix="keeper")
 
     def draw(self, rows: Sequence[Row]) -> list[Record]:
@@ -62,11 +66,25 @@ class Drawer:
         Of rows that stand in a part by now nothing is drawn and there are none: their actor died after it was written,
         or it is of an earlier run, which ended later than one thought and had other blocks. Raises StoreUnavailable.
         """
+        first = rows[0].number
         while rows and (recorded := self._manifest.part(rows[0].number)):
             rows = [row for row in rows if row.number not in recorded]
         if not rows:
             return []
-        records = self._drawn(rows)
+        if self._beginnings.together(first):
+            records = self._recorded(rows, self._drawn(rows))
+        else:
+            records = [record for row in rows for record in self._drawn_alone(row)]
+        self._beginnings.over(first)
+        return records
+
+    def _drawn_alone(self, row: Row) -> Sequence[Record]:
+        records = self._drawn([row]) if self._beginnings.alone(row.number) else [_failed(row, _POISONED)]
+        self._recorded([row], records)
+        self._beginnings.over_alone(row.number)
+        return records
+
+    def _recorded(self, rows: Sequence[Row], records: list[Record]) -> list[Record]:
         self._manifest.add(rows[0].number, records)
         return records
 

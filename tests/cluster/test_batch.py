@@ -25,6 +25,7 @@ from app.settings import FetchSettings
 from bench.serving import PROJECT
 from cluster.actor import Work
 from cluster.batch import CALLS, STILL_S, Batch, Pool, Stopped, batch
+from cluster.beginnings import ALONE, BEGUN, TOGETHER
 from cluster.drawing import Drawer
 from cluster.inputs import Pictures
 from cluster.manifest import SCHEMA, Manifest
@@ -236,6 +237,35 @@ def test_a_failure_that_may_mend_itself_is_tried_once_more(engine: Any, tmp_path
     records = drawn(faulty, Place(str(tmp_path / "output")), tmp_path, [SMALL | {"id": id} for id in ("a", "b", "c")])
     assert [r["error"] and json.loads(r["error"])["code"] for r in records] == ["out_of_memory", "nan_latents", None]
     assert faulty.begun == 5
+
+
+class Ended(BaseException):
+    """Of a process, as it looks to whoever is in it."""
+
+
+class Mortal(Faulty):
+    """The engine, but it dies of a prompt."""
+
+    def submit(self, request: EffectiveRequest, on_event: Callable[[Event], None], *, progress: bool) -> None:
+        if request.prompt == "hemlock":
+            raise Ended
+        super().submit(request, on_event, progress=progress)
+
+
+def test_a_row_that_ends_its_process_each_time_ends_only_itself(engine: Any, tmp_path: Path):
+    place = Place(str(tmp_path / "output"))
+    block = read(tmp_path, [SMALL | {"id": id, "prompt": prompt} for id, prompt in enumerate(("a", "hemlock", "b"))])
+    for _ in range(TOGETHER + ALONE):
+        with pytest.raises(Ended):
+            Drawer(Mortal(engine), Pictures(tmp_path, FetchSettings()), place).draw(block)
+    records = Drawer(Mortal(engine), Pictures(tmp_path, FetchSettings()), place).draw(block)
+    assert [record["error"] and json.loads(record["error"])["code"] for record in records] == ["poisoned", None]
+    assert [record["number"] for record in records] == [
+        1,
+        2,
+    ]  # the first was drawn alone before, and stands in its part
+    assert Manifest(place).recorded() == {0, 1, 2}
+    assert place.names(BEGUN) == []
 
 
 def test_a_pool_that_is_none_is_refused():
