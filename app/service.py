@@ -207,7 +207,7 @@ class Service:
             events = self._drawing.events(wanted, began, progress, about, urls)
         async with aclosing(self.experiments.watched(wanted, began, events)) as watched:
             async for event in watched:
-                if isinstance(event, GenerationResult):
+                if isinstance(event, GenerationResult) and not event.cached:
                     self.shadows.start(shadows, wanted.seed)
                 yield event
 

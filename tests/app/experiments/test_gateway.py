@@ -396,6 +396,15 @@ async def test_a_shadow_costs_the_caller_nothing_and_its_failure_is_not_told(hou
     assert len(house.router.requests) == 3  # beside what failed nothing is drawn
 
 
+async def test_beside_what_is_found_nothing_is_drawn(house: House, client: httpx2.AsyncClient):
+    house.offer(shadowed=SHADOWED)
+    for cached in (False, True):
+        assert (await draw(client, "ada", seed=7)).json()["cached"] is cached
+        await until(lambda: house.router.left == len(house.router.requests) == 2)
+        await asyncio.sleep(0.05)
+    assert len(house.router.requests) == 2  # one is the first answer's shadow
+
+
 async def test_shadows_are_bounded(house: House, client: httpx2.AsyncClient):
     house.offer(shadowed=SHADOWED)
     drawing = [asyncio.create_task(draw(client, f"user-{n}")) for n in range(12)]
