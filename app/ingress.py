@@ -55,7 +55,8 @@ class Gateway:
     """Hosts the application in a Serve replica. The models come by `reconfigure`, so they change without a restart."""
 
     def __init__(self, settings: GatewaySettings):
-        from app.router import Router  # the only thing here that needs Ray
+        from app.exposure_counter import ExposureCounter  # these two need Ray
+        from app.router import Router
 
         self._settings, self._made_at = settings, time.monotonic()
         self._budgets = Budgets()
@@ -71,7 +72,7 @@ class Gateway:
             jobs = Jobs(kept, self._store, router.charge, fetcher.address)
         self._results = Results(self._database, self._store, settings.keep_results_s)
         fetching = fetcher if settings.fetch.pictures else None
-        self._experiments = Experiments(ExperimentStore(self._database))
+        self._experiments = Experiments(ExperimentStore(self._database), count=ExposureCounter())
         patience_s = settings.request_timeout_s
         self._service = Service(router, fetching, self._results, jobs, outbox, patience_s, self._experiments)
         self._readiness = Readiness(self._service)

@@ -44,14 +44,16 @@ class JobRunner:
     """Hosts a runner. The models come by `reconfigure`, so they change without a restart."""
 
     def __init__(self, settings: RunnerSettings):
-        from app.router import Router  # the only thing here that needs Ray
+        from app.exposure_counter import ExposureCounter  # these two need Ray
+        from app.router import Router
 
         self._database = Database(settings.database)
         pictures = stores.opened(settings.store, stores.signing_secret(settings.secret_file))
         self._results = Results(self._database, pictures, settings.keep_results_s)
         # One replica only: who dies under a job is the job's affair, which another attempt has to answer for.
         router = Router(settings.request_timeout_s, attempts=1)
-        counting = Experiments(ExperimentStore(self._database), waits=True)  # jobs got their arms when submitted
+        kept = ExperimentStore(self._database)  # of jobs that got their arms when they were submitted
+        counting = Experiments(kept, waits=True, count=ExposureCounter())
         patience_s = settings.request_timeout_s
         self._service = Service(router, results=self._results, patience_s=patience_s, experiments=counting)
         jobs = JobStore(self._database, payload=payload)

@@ -21,7 +21,7 @@ ENGINE_LINES, FILE_LINES, FUNCTION_LINES = 1500, 400, 60
 RAY_FILES = tuple(
     f"app.{name}"
     for name in (
-        *("main", "ingress", "router", "replica", "routing", "upscaler", "autoscaling"),
+        *("main", "ingress", "router", "replica", "routing", "upscaler", "autoscaling", "exposure_counter"),
         *("cli", "local"),  # local: cli's Ray
     )
 )

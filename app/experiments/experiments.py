@@ -36,14 +36,18 @@ class Experiments:
     """The experiments that are on, and what is seen of them. Without a store nothing of it is written down."""
 
     def __init__(
-        self, store: ExperimentStore | None = None, now: Callable[[], float] = time.monotonic, waits: bool = False
+        self,
+        store: ExperimentStore | None = None,
+        now: Callable[[], float] = time.monotonic,
+        waits: bool = False,
+        count: Callable[[Exposure], None] = lambda exposure: None,
     ):
         """`now` is the clock by which arms that were switched off recover. Who `waits` for a model that is busy or
-        does not run, and asks again, has not failed by then."""
+        does not run, and asks again, has not failed by then. `count` hears of every exposure."""
         self._forgiven = (BudgetSpent, Overloaded, NotRunning) if waits else (BudgetSpent,)
         self._store = store
         self._recorder = None if store is None else Recorder(store.record)
-        self._rails = Rails(now)
+        self._rails, self._count = Rails(now), count
         self._settings: dict[str, ExperimentSettings] = {}
 
     def offer(self, settings: Mapping[str, ExperimentSettings]) -> None:
@@ -111,6 +115,7 @@ class Experiments:
     async def _note(self, seen: list[Exposure]) -> bool:
         """Whether it is written down."""
         for one in seen:
+            self._count(one)
             guard = self._settings[one.experiment].guard if one.experiment in self._settings else None
             if guard is not None and one.arm == one.assigned:
                 key = (one.experiment, one.version, one.arm)

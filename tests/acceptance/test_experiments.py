@@ -4,6 +4,7 @@ in place, through Serve's REST API."""
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ def put(server: Server, **experiments: Any) -> None:
 def offered(server: Server) -> dict[str, dict[str, float]]:
     listed = httpx2.get(f"{server.address}/v1/experiments", timeout=30).json()["data"]
     return {one["name"]: {name: arm["weight"] for name, arm in one["arms"].items()} for one in listed}
+
+
+def counted(server: Server, arm: str) -> float:
+    """How many requests of an arm Ray's metrics tell of."""
+    told = 0.0
+    for targets in httpx2.get(f"{server.dashboard}/api/prometheus/sd", timeout=30).json():
+        for target in targets["targets"]:
+            text = httpx2.get(f"http://{target}/metrics", timeout=30).text
+            found = re.findall(r"^ray_heliograph_exposures_total\{(.*)\} (\S+)$", text, re.M)
+            told += sum(float(value) for tags, value in found if f'arm="{arm}"' in tags and 'outcome="drawn"' in tags)
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +124,7 @@ def test_arms_are_two_models_that_stick_to_users_and_what_came_of_them_is_report
     bigger = sum(a == "bigger" for a in arms.values())
     assert found["bigger"]["outcomes"]["kept"]["mean"] == pytest.approx((bigger - twice / 2) / bigger)
     assert found["bigger"]["outcomes"]["kept"]["difference"]["estimate"] > 0
+    wait(lambda: counted(experiment, "bigger") == found["bigger"]["exposures"], 60)
 
 
 def test_the_command_lists_and_reports(experiment: Server):
