@@ -1,16 +1,18 @@
 """`python -m tests`: every test, in two processes side by side. All that has a server is for one of them.
 
-The tests of the server mostly wait for it, so the others cost hardly more time. Ray's workers have a niceness of 15
-(`RAY_worker_niceness`): so have the others, nearly, or they would hold the server up. What is said of it comes last.
+The tests of the server mostly wait for it, and have deadlines. So it comes first: its workers have not the niceness of
+15 that Ray would give them, and the others have one. What is said of it comes last.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 PYTEST = (sys.executable, "-m", "pytest")
-NICENESS = "12"
+NICENESS = "10"
+WORKERS = {"RAY_worker_niceness": "0"}
 SERVER = str(Path(__file__).parent / "acceptance")
 
 
@@ -18,7 +20,7 @@ def main() -> int:
     """Gives the status of the half that failed, 0 where none did."""
     with tempfile.TemporaryFile("w+") as said:
         halves = [
-            subprocess.Popen((*PYTEST, SERVER), stdout=said, stderr=subprocess.STDOUT),
+            subprocess.Popen((*PYTEST, SERVER), stdout=said, stderr=subprocess.STDOUT, env=os.environ | WORKERS),
             subprocess.Popen(("nice", "-n", NICENESS, *PYTEST, f"--ignore={SERVER}")),
         ]
         try:
