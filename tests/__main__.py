@@ -1,7 +1,7 @@
-"""`python -m tests`: every test, in two processes side by side. All that has a server is for one of them.
+"""`python -m tests`: every test, in three processes side by side. All that has a server is for one of them.
 
-The tests of the server mostly wait for it, and have deadlines. So it comes first: its workers have not the niceness of
-15 that Ray would give them, and the others have one. What is said of it comes last.
+The tests of the server mostly wait for it, and have deadlines. So it comes first, by niceness; Ray's workers have that
+of their tests, not the 15 that they would be given. What the first two say comes when all are over.
 """
 
 import os
@@ -10,28 +10,31 @@ import sys
 import tempfile
 from pathlib import Path
 
-PYTEST = (sys.executable, "-m", "pytest")
-NICENESS = "10"
+PYTEST = (sys.executable, "-m", "pytest", "--durations=12")
+NICE = ("nice", "-n", "5")
 WORKERS = {"RAY_worker_niceness": "0"}
-SERVER = str(Path(__file__).parent / "acceptance")
+TESTS = Path(__file__).parent
+SERVER, ENGINE = str(TESTS / "acceptance"), str(TESTS / "models")
 
 
 def main() -> int:
-    """Gives the status of the half that failed, 0 where none did."""
-    with tempfile.TemporaryFile("w+") as said:
-        halves = [
-            subprocess.Popen((*PYTEST, SERVER), stdout=said, stderr=subprocess.STDOUT, env=os.environ | WORKERS),
-            subprocess.Popen(("nice", "-n", NICENESS, *PYTEST, f"--ignore={SERVER}")),
+    """Gives the status of a part that failed, 0 where none did."""
+    environment = os.environ | WORKERS
+    with tempfile.TemporaryFile("w+") as server, tempfile.TemporaryFile("w+") as engine:
+        parts = [
+            subprocess.Popen((*PYTEST, SERVER), stdout=server, stderr=subprocess.STDOUT, env=environment),
+            subprocess.Popen((*NICE, *PYTEST, ENGINE), stdout=engine, stderr=subprocess.STDOUT, env=environment),
+            subprocess.Popen((*NICE, *PYTEST, f"--ignore={SERVER}", f"--ignore={ENGINE}"), env=environment),
         ]
         try:
-            others = halves[1].wait()
-            server = halves[0].wait()
+            statuses = [part.wait() for part in reversed(parts)]
         finally:
-            for half in halves:
-                half.terminate()  # of those that still run, where this is interrupted
-        said.seek(0)
-        print(said.read(), flush=True)
-    return others or server
+            for part in parts:
+                part.terminate()  # of those that still run, where this is interrupted
+        for said in (engine, server):
+            said.seek(0)
+            print(said.read(), flush=True)
+    return next((status for status in statuses if status), 0)
 
 
 if __name__ == "__main__":

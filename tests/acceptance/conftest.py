@@ -21,6 +21,7 @@ from PIL import Image
 from bench.serving import PROJECT, READY_TIMEOUT_S, STOP_TIMEOUT_S, free_port
 
 TELL_TIMEOUT_S = 30.0
+MAX_ROWS = 16
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
 
 
@@ -116,10 +117,10 @@ def _is_ready(address: str) -> bool:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     config = tmp_path_factory.mktemp("config") / "serve_config.yaml"
-    # What ships, but for the measured cap: where others use the machine too, it may come out too low to share a step.
-    # And what is kept, which is nobody else's.
+    # What ships, but for the measured cap: where others use the machine too, it may come out too low to share a step,
+    # and every replica that starts measures it. And what is kept, which is nobody else's.
     shipped = (PROJECT / "serve_config.yaml").read_text().replace("data/", f"{config.parent}/data/")
-    config.write_text(shipped.replace("&sd15\n", "&sd15\n      max_rows: 16\n"))
+    config.write_text(re.sub(r"(&sd15|&sd21|&sdxl)\n", f"\\1\n      max_rows: {MAX_ROWS}\n", shipped))
     with serving(config, log) as (process, address):
         yield Server(address, process.pid, config, _dashboard(log))
         _stop(process, log)

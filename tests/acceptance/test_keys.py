@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from bench.serving import PROJECT
-from tests.acceptance.conftest import ENVIRONMENT, serving
+from tests.acceptance.conftest import ENVIRONMENT, MAX_ROWS, serving
 
 BODY = {"prompt": "a red circle", "steps": 2}
 
@@ -20,6 +20,7 @@ def configuration() -> dict[str, Any]:
     """What ships, with one model, a gateway that wants keys and keeps pictures, and paths that are relative."""
     raw = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
     model, gateway = raw["applications"][0], raw["applications"][-1]
+    model["args"]["max_rows"] = MAX_ROWS
     del gateway["args"]["jobs"]
     gateway["args"] |= {"auth": "keys", "store": {"kind": "folder"}}
     gateway["deployments"][0]["user_config"] = {"default_model": "sd15", "models": [model["args"]]}

@@ -214,7 +214,7 @@ class Jobs(RuleBasedStateMachine):
 
 def test_whatever_happens_in_whatever_order_the_store_says_what_should_be(url: str) -> None:
     chosen = settings(
-        max_examples=20,
+        max_examples=10,
         stateful_step_count=20,
         deadline=None,
         derandomize=True,

@@ -41,7 +41,7 @@ from models.parts import Upscale
 from models.request import GenerationRequest
 from tests.app.conftest import CARDS, MemoryRouter
 
-PACE = Pace(lease_s=1.0, beat_s=0.05, look_s=0.02, reap_s=0.05, backoff_s=(0.05, 0.05))
+PACE = Pace(lease_s=2.0, beat_s=0.05, look_s=0.02, reap_s=0.05, backoff_s=(0.05, 0.05))
 PATIENCE = Patience(store_s=(0.05, 0.05, 0.05), busy_s=(0.05, 0.05))
 DRAW = GenerationRequest(model="sd15", prompt="a red circle", seed=3, steps=2)
 
