@@ -162,6 +162,7 @@ async def run_short(cases: list[Case]) -> bytes:
     return answer.raise_for_status().content
 
 
+@pytest.mark.long
 def test_the_real_server_scales_with_simulated_replicas(tmp_path: Path):
     from bench.simulated import picture
 
