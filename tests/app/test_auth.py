@@ -27,6 +27,7 @@ from app.settings import AuthMode, FolderSettings, GatewaySettings
 from models.errors import Cancelled, HeliographError, NotFound, Unavailable
 from models.request import GenerationRequest
 from tests.app.conftest import ADAPTERS, CARDS, UPSCALER, MemoryRouter
+from tests.app.loopback import until
 
 # What FastAPI adds by itself, which tells nothing but how the API is called.
 DOCUMENTATION = {"/docs", "/docs/oauth2-redirect", "/openapi.json"}
@@ -290,13 +291,13 @@ async def test_jobs_at_a_time_are_counted_and_come_free(app: FastAPI, keys: Keys
     router.gate.clear()
     async with client(app, text) as caller:
         first = asyncio.create_task(caller.post("/v1/generate", json=DRAW))
-        await asyncio.sleep(0.1)
+        await until(lambda: router.running)
         refused = await caller.post("/v1/generate", json=DRAW)
         assert (refused.status_code, refused.json()["error"]["field"]) == (429, "concurrent_jobs")
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         router.gate.set()
-        await asyncio.sleep(0.1)
+        await until(lambda: not router.running)
         assert (await caller.post("/v1/generate", json=DRAW)).status_code == 200
 
 
@@ -305,7 +306,7 @@ async def test_another_callers_request_is_like_one_that_never_was(app: FastAPI, 
     router.gate.clear()
     async with client(app, texts[0]) as owner, client(app, texts[1]) as other:
         streaming = asyncio.create_task(owner.post("/v1/generate", json=DRAW | {"stream": True}))
-        await asyncio.sleep(0.1)
+        await until(lambda: router.running)
         [inner] = router.running
         ids = [inner, "0" * 32]
         answers = [await other.post(f"/v1/requests/{id}/cancel") for id in ids]

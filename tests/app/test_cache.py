@@ -12,6 +12,7 @@ from models.images import Picture
 from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, ORIGIN
+from tests.app.loopback import until
 
 WHITE, BLACK = (Picture(width=64, height=64, data=bytes([value]) * (3 * 64 * 64)) for value in (255, 0))
 PLAIN = GenerationRequest(model="sd15", prompt="x", seed=7).resolve(CARDS["sd15"])
@@ -141,8 +142,7 @@ async def test_who_leads_and_is_cancelled_takes_nobody_along():
     first, *others = [asyncio.create_task(join(flights, "x", work)) for _ in range(5)]
     await asyncio.sleep(0)
     first.cancel()
-    await asyncio.sleep(0.01)
-    assert work.begun == 2
+    await until(lambda: work.begun == 2)
     work.gate.set()
     assert sorted(joined for _, joined in await asyncio.gather(*others)) == [False, True, True, True]
     assert first.cancelled()

@@ -473,6 +473,7 @@ async def test_nobody_takes_more_than_their_share_of_the_turns():
             return asyncio.create_task(client.picture(server.url()))
 
         asking = [ask("ada") for _ in range(5)]
+        await until(lambda: server.connections == 2)
         await asyncio.sleep(0.2)
         assert server.connections == 2
         asking += [ask("bob") for _ in range(2)]

@@ -93,17 +93,6 @@ async def test_the_same_request_is_answered_from_the_cache_and_marked(client: ht
     assert len(router.requests) == 1
 
 
-async def test_a_hit_takes_less_than_20_ms(client: httpx2.AsyncClient):
-    await draw(client, width=512, height=512)
-    spent = []
-    for _ in range(20):
-        began = time.perf_counter()
-        assert marks(await draw(client, width=512, height=512)) == ("hit", True)
-        spent.append(time.perf_counter() - began)
-    print(f"hits: median {sorted(spent)[10] * 1000:.1f} ms, worst {max(spent) * 1000:.1f} ms")
-    assert sorted(spent)[10] < 0.02
-
-
 @pytest.mark.parametrize(
     "body", [{"cache": False}, {"seed": None}, {"steps": 3}, {"upscale": {"model": "2x"}}, {"model": "sdxl"}]
 )

@@ -26,6 +26,7 @@ from models.images import Picture, encode
 from models.parts import Hires, Outpaint, Upscale
 from models.request import EffectiveRequest, GenerationRequest
 from tests.app.conftest import CARDS, TIMINGS, MemoryRouter, claimed
+from tests.app.loopback import until
 from tests.app.test_settings import SHIPPED
 
 PNG = encode(np.full((20, 30, 3), 120, np.uint8), "png")
@@ -116,11 +117,10 @@ async def test_a_client_that_goes_away_takes_its_picture_along(client: httpx2.As
     router.gate.clear()
     before = router.left
     asking = asyncio.create_task(client.post("/v1/upscale", files=FILE))
-    await asyncio.sleep(0.1)
+    await until(lambda: router.upscales)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
-    await asyncio.sleep(0.05)
-    assert router.left == before + 1
+    await until(lambda: router.left == before + 1)
 
 
 async def test_a_full_upscaler_says_when_to_come_back(client: httpx2.AsyncClient, router: MemoryRouter):
