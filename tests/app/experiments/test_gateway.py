@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from app.service import Service
 from app.settings import CatalogueSettings, FolderSettings, GatewaySettings, QueueSettings
 from models.errors import GenerationFailed, InvalidRequest, Unavailable
 from tests.app.conftest import ADAPTERS, CARDS, UPSCALER, MemoryRouter
+from tests.app.loopback import until
 
 LARGE = {"max_pixels": 1024 * 1024}
 MODELS: list[dict[str, Any]] = [
@@ -125,12 +126,6 @@ async def user_of(client: httpx2.AsyncClient, arm: str) -> str:
 
 def arms(answer: httpx2.Response) -> list[str]:
     return [use["arm"] for use in answer.json().get("experiments", [])]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def test_an_arm_decides_what_a_request_leaves_open(house: House, client: httpx2.AsyncClient):
@@ -375,8 +370,9 @@ async def test_a_shadow_is_drawn_with_the_same_seed_and_shown_to_nobody(house: H
     assert (shadow.model, shadow.steps, shadow.seed, shadow.samples) == ("sdxl", 3, shown.seed, 2)
     assert (shadow.priority, shadow.prompt) == ("batch", shown.prompt)
     await until(lambda: house.router.left == 2)
-    await asyncio.sleep(0.1)
-    control, beside = (await house.report("shadowed"))["arms"]
+    while not (told := (await house.report("shadowed"))["arms"])[1]["exposures"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    control, beside = told
     assert (beside["shadow"], beside["exposures"], beside["assigned"]) == (True, 1, 0)
     assert (control["exposures"], control["assigned"]) == (1, 1)
     async with await house.client("jobs", "admin") as admin:

@@ -11,6 +11,7 @@ from app.experiments.recorder import Recorder
 from app.experiments.store import Exposure
 from models.errors import Unavailable
 from tests.app.experiments.conftest import exposure
+from tests.app.loopback import until
 
 
 class Journal:
@@ -55,9 +56,7 @@ async def test_nobody_waits_long_and_nothing_is_lost_while_the_database_is_away(
     assert not any([await keeping.record([exposure(n)]) for n in range(1, 20)])
     assert time.monotonic() - began < 0.1  # it is known to be away: nobody waits
     journal.away = False
-    async with asyncio.timeout(5):
-        while len(journal.written) < 20:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: len(journal.written) == 20)
     assert [one.id for one in journal.written] == [exposure(n).id for n in range(20)]
     assert await keeping.record([exposure(20)])
 
@@ -69,8 +68,7 @@ async def test_a_slow_database_is_not_waited_for_beyond_patience():
     began = time.monotonic()
     assert not await keeping.record([exposure(1)])
     assert time.monotonic() - began < 0.4
-    await asyncio.sleep(0.6)
-    assert len(journal.written) == 1
+    await until(lambda: len(journal.written) == 1)
 
 
 async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
@@ -82,8 +80,7 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: py
         await keeping.record([exposure(n)])
     assert "an exposure is lost" in caplog.text
     journal.away = False
-    await asyncio.sleep(0.3)
-    assert [one.id for one in journal.written][-10:] == [exposure(n).id for n in range(5, 15)]
+    await until(lambda: [one.id for one in journal.written][-10:] == [exposure(n).id for n in range(5, 15)])
 
 
 async def test_a_client_that_leaves_takes_no_exposure_with_it():
@@ -93,8 +90,7 @@ async def test_a_client_that_leaves_takes_no_exposure_with_it():
     leaving = asyncio.create_task(keeping.record([exposure(1)]))
     await asyncio.sleep(0.02)
     leaving.cancel()
-    await asyncio.sleep(0.2)
-    assert len(journal.written) == 1
+    await until(lambda: len(journal.written) == 1)
 
 
 async def test_what_cannot_be_written_is_lost_and_said_so_and_the_next_is_written(caplog: pytest.LogCaptureFixture):
