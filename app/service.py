@@ -160,10 +160,7 @@ class Service:
         With `cache` the pictures may be those of the same request, earlier or at the same time, of the same caller;
         for `urls` they are stored in any case.
         """
-        began, wanted = time.monotonic(), await self.resolve(request)
-        if cache and is_repeatable(request):
-            return await _last(self._shared(wanted, began, False, urls))
-        return await _last(self._drawing.events(wanted, began, False, None, urls))
+        return await _last(self.stream(request, progress=False, cache=cache, urls=urls, shared=True))
 
     async def stream(
         self,
@@ -180,24 +177,22 @@ class Service:
         is as `generate`.
         """
         began, wanted = time.monotonic(), await self.resolve(request)
-        again = cache and is_repeatable(request)
-        if again and shared:
-            events = self._shared(wanted, began, progress, urls)
+        about = await fingerprint_aside(wanted) if cache and is_repeatable(request) else None
+        if about and shared:
+            events = self._shared(wanted, about, began, progress, urls)
         else:
-            about = await fingerprint_aside(wanted) if again else None
             events = self._drawing.events(wanted, began, progress, about, urls)
         async with aclosing(events):
             async for event in events:
                 yield event
 
     async def _shared(
-        self, wanted: EffectiveRequest, began: float, progress: bool, urls: bool
+        self, wanted: EffectiveRequest, about: str, began: float, progress: bool, urls: bool
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of a request that may be another's at the same time: of those who ask at a time, one draws.
 
         What others get is whole; who joins has a request of their own, which may have been ordered otherwise.
         """
-        about = await fingerprint_aside(wanted)
         place = f"{current.get().id} {about}"
         patience_s = min(wanted.deadline_s or self._patience_s, self._patience_s)
         result = await self._flights.joined(place, patience_s)
