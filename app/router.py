@@ -116,9 +116,9 @@ class Router:
         if time.monotonic() - said_at < ORIGIN_AGE_S:
             return known
         origin = await self._ask_origin(model, needs)
-        if len(self._origins) >= ORIGINS:
-            self._origins.clear()
         if origin is not None:
+            if len(self._origins) >= ORIGINS:
+                self._origins.clear()
             self._origins[model, needs] = origin, time.monotonic()
         return origin
 

@@ -199,11 +199,10 @@ class Service:
         is as `generate`.
         """
         began, wanted = time.monotonic(), await self.resolve(request)
-        again = cache and is_repeatable(request)
-        if again and shared:
-            events = self._shared(wanted, began, progress, urls)
+        about = await fingerprint_aside(wanted) if cache and is_repeatable(request) else None
+        if about and shared:
+            events = self._shared(wanted, about, began, progress, urls)
         else:
-            about = await fingerprint_aside(wanted) if again else None
             events = self._drawing.events(wanted, began, progress, about, urls)
         async with aclosing(self.experiments.watched(wanted, began, events)) as watched:
             async for event in watched:
@@ -225,13 +224,12 @@ class Service:
         await _last(self.experiments.watched(wanted, began, self._unkept.events(wanted, began, False, None, False)))
 
     async def _shared(
-        self, wanted: EffectiveRequest, began: float, progress: bool, urls: bool
+        self, wanted: EffectiveRequest, about: str, began: float, progress: bool, urls: bool
     ) -> AsyncGenerator[StreamEvent, None]:
         """The events of a request that may be another's at the same time: of those who ask at a time, one draws.
 
         What others get is whole; who joins has a request of their own, which may have been ordered otherwise.
         """
-        about = await fingerprint_aside(wanted)
         place = f"{current.get().id} {about}"
         patience_s = min(wanted.deadline_s or self._patience_s, self._patience_s)
         result = await self._flights.joined(place, patience_s)

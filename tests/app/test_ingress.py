@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from app.service import Service
 from app.settings import FolderSettings, GatewaySettings, RunnerSettings
 from models.errors import GenerationFailed, Overloaded
 from tests.app.conftest import MemoryRouter
+from tests.app.loopback import until
 
 DEEP = '{"prompt": ' + "[" * 90_000
 OK = '{"prompt": "x"}'
@@ -148,18 +148,11 @@ async def test_a_client_that_goes_away_takes_its_request_along(client: httpx2.As
     before = router.left
     for stream in (False, True):
         asking = asyncio.create_task(client.post("/v1/generate", json={"prompt": "x", "stream": stream}))
-        await until(lambda: bool(router.running))
+        await until(lambda: router.running, 20)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        await until(lambda: not router.running)
+        await until(lambda: not router.running, 20)
     assert router.left == before + 2
-
-
-async def until(met: Callable[[], bool], seconds: float = 20) -> None:
-    for _ in range(int(seconds / 0.01)):
-        if met():
-            return
-        await asyncio.sleep(0.01)
 
 
 async def test_health_and_readiness_differ(client: httpx2.AsyncClient, router: MemoryRouter):
