@@ -24,7 +24,7 @@ from bench.serving import PROJECT, Serving, end_on_sigterm
 LIGHT, FLOOD = "light", "flood"  # the two keys' names
 WARM_UP = 3  # requests that are not counted
 BODY: dict[str, Any] = {
-    "prompt": "a red circle on a blue background", "width": 128, "height": 128, "steps": 20, "guidance_scale": 7.5,
+    "prompt": "a red circle on a blue background", "width": 128, "height": 128, "steps": 10, "guidance_scale": 7.5,
     "cache": False,
 }  # fmt: skip
 

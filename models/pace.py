@@ -7,19 +7,20 @@ import numpy as np
 
 _KEPT = 0.95  # of what earlier turns told: the last twenty or so count
 _SEED_TURNS = 10  # for so many turns the first measurement counts
+_STRIDE = 0.05  # the part by which a turn moves what is known of forwards as broad as its own
 
 
 class Pace:
     """Seconds of forwards by their breadth, which is the row positions (models.work) of all that share one.
 
     The curve matters as much as the pace: a GPU takes hardly longer for eight rows than for one, a processor eight
-    times as long. Before `learn` each row position is taken to cost the same, and how much is not known before the
+    times as long. It is measured when an engine warms up, perhaps on a machine that is busy starting, and follows the
+    turns from then on. Before `learn` each row position is taken to cost the same, and how much is not known before the
     first turn.
     """
 
     def __init__(self) -> None:
-        self._breadths: np.ndarray = np.empty(0)
-        self._seconds: np.ndarray = np.empty(0)
+        self._breadths = self._told = self._seconds = np.empty(0)
         self._usual, self._full = 1.0, math.inf
         self._took = self._expected = 0.0  # seconds, of late
 
@@ -27,13 +28,13 @@ class Pace:
         """Takes over measured seconds by breadth. `usual` is the breadth of one plain picture, `full` that beyond which
         forwards are not made broader."""
         self._breadths = np.array(sorted(seconds))
-        # A broader forward never takes less; where it seems to, the narrower one was disturbed.
-        self._seconds = np.maximum.accumulate([seconds[breadth] for breadth in sorted(seconds)])
+        self._told = np.array([seconds[breadth] for breadth in sorted(seconds)])
         self._usual, self._full = usual, full
+        self._level()
         self._took = self._expected = _SEED_TURNS * self.forward_s(usual)
 
     def forward_s(self, breadth: float) -> float:
-        """Seconds of a forward as measured; before that, a number that grows with it and is good for comparisons."""
+        """Seconds of a forward as last known; before `learn`, a number that grows with it, good for comparisons."""
         if not len(self._breadths):
             return breadth
         if breadth >= self._breadths[-1]:
@@ -48,6 +49,20 @@ class Pace:
         expected = self.forward_s(like) / like * (breadth + beside)
         self._took = _KEPT * self._took + took_s
         self._expected = _KEPT * self._expected + expected
+        if len(self._breadths) and not beside:
+            self._follow(breadth, took_s)
+
+    def _follow(self, breadth: float, took_s: float) -> None:
+        """Moves the curve beside this breadth, by a fixed part: it is the median of the turns that counts, so a single
+        slow one, as when a sampler is first used, is as good as nothing."""
+        near = np.array([np.interp(breadth, self._breadths, hat) for hat in np.eye(len(self._breadths))])
+        moved = self._seconds * np.exp(_STRIDE * near * np.sign(took_s - self.forward_s(breadth)))
+        self._told = np.where(near > 0, moved, self._told)
+        self._level()
+
+    def _level(self) -> None:
+        """A broader forward never takes less; where it seems to, the narrower one was disturbed."""
+        self._seconds = np.maximum.accumulate(self._told)
 
     def seconds_per_work(self, breadth: float) -> float:
         """While so many row positions would share a forward; an idle device is told of as if it had a plain picture.
