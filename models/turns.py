@@ -1,8 +1,9 @@
 """Turns: who leads the next forward and who rides along, so that keys with work alive share a device fairly. No torch.
 
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): what a flow of requests was given is added up in device
-seconds, and whoever had least leads. A forward is filled one candidate at a time, again from whoever had least, what
-this forward gives them counted already. Within a flow the most urgent go first, as if it were alone.
+seconds, and whoever had least leads. Who takes less than a fair part saves up to CREDIT_S of the rest, so that a light
+key goes first whenever it comes. A forward is filled one candidate at a time, again from whoever had least, what this
+forward gives them counted already. Within a flow the most urgent go first, as if it were alone.
 
 A broad forward is slow for everyone in it, so turns alone would not keep a flood from its neighbour: of N keys, the one
 that leads may expect a forward to take no longer than SHARE * N times what its own rows take alone. It then moves at
@@ -24,9 +25,10 @@ Shape = tuple[int, int, int]
 Flow = tuple[bool, str]  # a key's work of one priority: whether it is batch work, and whose
 
 PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody of one key is overtaken for ever
-SHARE = (
-    0.7  # the rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding
-)
+CREDIT_S = 5.0  # device seconds that a flow may have saved up
+KNOWN = 1000  # flows that are remembered; of the others it is not known what they had
+# The rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding.
+SHARE = 0.7
 
 
 class Candidate(Protocol):
@@ -50,11 +52,12 @@ Queues = Mapping[Flow, Several[C]]
 
 
 class Turns:
-    """Counts for the flows alive.
+    """Counts for the flows alive, and for those that were of late.
 
-    A flow that comes, or comes back, starts level with the others: neither idle time nor an early arrival is a claim.
-    The level rises by what a flow's part of each turn would have been, so that those who have had more than that are
-    not overtaken for ever by newcomers.
+    A flow that comes starts level with the others: an early arrival is no claim. The level rises by what a flow's part
+    of each turn would have been, so that those who have had more than that are not overtaken for ever by newcomers; it
+    stays among those alive, whose parts may be smaller for a time. A flow that comes back has what it saved, one that
+    is new nothing: else keys made for one request each would go first for ever.
     """
 
     def __init__(self, pace: Pace):
@@ -78,16 +81,20 @@ class Turns:
         return batch.members
 
     def _ordered(self, queues: Queues[C]) -> list[Flow]:
-        """The flows alive in the order of their turns; the others are forgotten.
+        """The flows alive in the order of their turns; of the others those seen last are remembered.
 
         Interactive before batch work, then whoever had least. Of those who had the same, who was passed over goes
         first, so that newcomers cannot keep anybody waiting; and then the one with fewer candidates.
         """
-        self._had = {flow: had for flow, had in self._had.items() if flow in queues}
-        for batch in self._level:
-            least = min((had for flow, had in self._had.items() if flow[0] == batch), default=0.0)
-            self._level[batch] = max(self._level[batch], least)
-        self._had = {flow: self._had.get(flow, self._level[flow[0]]) for flow in queues}
+        alive = {flow: self._had.pop(flow) for flow in queues if flow in self._had}
+        for batch, level in self._level.items():
+            had = [had for flow, had in alive.items() if flow[0] == batch] or [level]
+            self._level[batch] = min(max(level, min(had)), max(had))
+        for flow in queues:
+            level = self._level[flow[0]]
+            self._had[flow] = max(alive.get(flow, level), level - CREDIT_S)
+        for flow in list(self._had)[: -max(KNOWN, len(queues))]:
+            del self._had[flow]
         self._passed &= queues.keys()
         return sorted(queues, key=lambda flow: (*self._turn(flow), flow not in self._passed, len(queues[flow])))
 
@@ -115,8 +122,8 @@ class Turns:
                 heappop(turns)
 
     def _charge(self, queues: Queues[C], members: Several[C]) -> None:
-        """Who got a place for all it has, has no claim left: else a key that is content with little would save up, and
-        shut the others out when it wants much."""
+        """Who got a place for all it has, has no more than CREDIT_S of claims left: else a key that was content with
+        little for long would shut the others out when it wants much."""
         breadth = sum(candidate.breadth for candidate in members)
         price = self._pace.forward_s(breadth) / breadth
         places = dict.fromkeys(queues, 0)
@@ -129,10 +136,10 @@ class Turns:
         self._passed = {flow for flow, count in places.items() if not count}
         content = {flow for flow, count in places.items() if count == len(queues[flow])}
         for batch in self._level:
-            wanting = (had for flow, had in self._had.items() if flow[0] == batch and flow not in content)
-            floor = min(wanting, default=0.0)
+            wanting = (self._had[flow] for flow in queues if flow[0] == batch and flow not in content)
+            least = min(wanting, default=0.0) - CREDIT_S
             for flow in content:
-                self._had[flow] = max(self._had[flow], floor if flow[0] == batch else 0.0)
+                self._had[flow] = max(self._had[flow], least if flow[0] == batch else 0.0)
 
 
 class _Batch(Generic[C]):

@@ -56,6 +56,7 @@ class Device:
 
     seconds: dict[int, float]
     measured: dict[int, float] | None = None
+    cap: int = CAP
     now: float = 0.0
     given: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     batches: list[list[Picture]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Device:
     def draw(self, pictures: Iterable[Picture], until: float = 1e9) -> None:
         truly, known = pace(self.seconds), pace(self.measured or self.seconds)
         batcher = Batcher(known)
-        batcher.set_cap(SMALL, CAP)
+        batcher.set_cap(SMALL, self.cap)
         coming, alive = sorted(pictures, key=lambda picture: picture.at), []
         while (coming or alive) and self.now < until:
             if not alive:
@@ -158,15 +159,29 @@ def test_what_waits_longest_within_a_key_goes_first_whatever_others_do():
     assert finished == sorted(finished)
 
 
-def test_credit_is_not_saved_up():
+def test_a_light_key_goes_first_where_nobody_can_ride_along():
+    """On a device that is full with one picture a neighbour would make a forward take twice as long. From the second
+    time on a light key does not take turns with the flood: it waits for the forward under way and for its own."""
+    full, coming = {rows: 0.016 * rows for rows in ROW_COUNTS}, trickle("b", steps=8)
+    device = Device(full, cap=4)
+    device.draw([*coming, *flood("a", 700)], until=45.0)
+    assert max(picture.took for picture in coming[1:]) < 8 * full[2] + full[4] + 0.001
+    assert device.given["a"] > 0.7 * 45.0
+
+
+def test_a_newcomer_is_not_behind_because_a_light_key_has_been_there_for_long():
+    full, new = {rows: 0.016 * rows for rows in ROW_COUNTS}, Picture("c", at=39.1, shape=LARGE, steps=1)
+    Device(full, cap=4).draw([*trickle("b", steps=8), *flood("a", 700), new], until=45.0)
+    assert new.took < 0.3
+
+
+def test_what_is_saved_up_is_bounded():
     """A key that was content with little for long does not shut the others out when it wants much."""
     content = [Picture("b", at=0.3 * n) for n in range(100)]
-    sudden = [Picture("b", at=30.0 + 0.001 * n) for n in range(200)]
-    many = flood("a", 400)
-    device = Device(PROCESSOR)
-    device.draw([*content, *many, *sudden], until=40.0)
-    after = [batch for batch in device.batches[-40:] if any(picture.key == "a" for picture in batch)]
-    assert len(after) > 30
+    sudden = [Picture("b", at=30.0 + 0.001 * n) for n in range(300)]
+    device = drawn(PROCESSOR, [*content, *flood("a", 700), *sudden], until=50.0)
+    after = [batch for batch in device.batches[-80:] if any(picture.key == "a" for picture in batch)]  # 10 seconds
+    assert len(after) > 60
 
 
 def test_interactive_work_leads_before_batch_work_of_any_key():
