@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -35,11 +35,13 @@ class Delivery:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
         self._tidied = time.monotonic()
 
-    def take(self) -> list[Sequence]:
-        """The next few to decode together: one shape, and no more than would hold up the steps. Keys take turns."""
+    def take(self, stepping: Iterable[Sequence] = ()) -> list[Sequence]:
+        """The next few to decode together: one shape, and no more than would hold up the steps. Keys take turns, and
+        where others are stepping, one picture of a key is enough: it is their time."""
         if not self.queue:
             return []
-        queue = _in_turns(self.queue)
+        keys = {sequence.key for sequence in (*self.queue, *stepping)}
+        queue = [sequence for rank, sequence in _ranked(self.queue) if rank == 0 or len(keys) == 1]
         first = queue[0]
         pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
         room = max(1, self._pixels // pixels)
@@ -70,14 +72,14 @@ class Delivery:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
 
 
-def _in_turns(queue: list[Sequence]) -> list[Sequence]:
-    """Every key's first, then every key's second, and so on."""
+def _ranked(queue: list[Sequence]) -> list[tuple[int, Sequence]]:
+    """Every key's first with 0, then every key's second with 1, and so on."""
     seen: Counter[str] = Counter()
     ranked: list[tuple[int, Sequence]] = []
     for sequence in queue:
         ranked.append((seen[sequence.key], sequence))
         seen[sequence.key] += 1
-    return [sequence for _, sequence in sorted(ranked, key=lambda one: one[0])]
+    return sorted(ranked, key=lambda one: one[0])
 
 
 def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finished:

@@ -216,7 +216,7 @@ class Engine:
             self._attempt(partial(self._tell_progress, rows), [sequence])
         breadth = sum(sequence.breadth for sequence, _ in self._stepped)
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
-        decoding = self._delivery.take()
+        decoding = self._delivery.take(self._live)
         self._attempt(self._delivery.decode, decoding)
         self._turned = time.monotonic()
         beside = sum(s.stages[0].begin for s in newcomers) + sum(s.work for s in decoding)

@@ -41,6 +41,11 @@ class Pace:
             return float(self._seconds[-1] * breadth / self._breadths[-1])
         return float(np.interp(breadth, self._breadths, self._seconds))
 
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a forward of one plain picture."""
+        return self.forward_s(self._usual)
+
     def note(self, breadth: float, beside: float, took_s: float) -> None:
         """A turn with a forward of that breadth, 0 for none, and so much work beside it, has taken so long."""
         if breadth + beside <= 0:

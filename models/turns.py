@@ -1,16 +1,16 @@
 """Turns: who leads the next forward and who rides along, so that keys with work alive share a device fairly. No torch.
 
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): what a flow of requests was given is added up in device
-seconds, and whoever had least leads. Who takes less than a fair part saves up to CREDIT_S of the rest, so that a light
-key goes first whenever it comes. A forward is filled one candidate at a time, again from whoever had least, what this
+seconds, and whoever had least leads. Who takes less than a fair part saves up some of the rest, so that a light key
+goes first whenever it comes. A forward is filled one candidate at a time, again from whoever had least, what this
 forward gives them counted already. Within a flow the most urgent go first, as if it were alone.
 
 A broad forward is slow for everyone in it, so turns alone would not keep a flood from its neighbour: of N keys, the one
 that leads may expect a forward to take no longer than SHARE * N times what its own rows take alone. It then moves at
-least as fast as with an N-th of the device to itself, and the others use what room there is. Where neighbours cost
-nothing, as on a GPU that is not full, the bound never binds, nor with many keys of few rows each. Slices of time for
-one key's batches, the plainer rule, would give a light key beside a flood the same speed and the flood fewer rows: a
-forward for one picture wastes most of what it costs. With one key alive all of this changes nothing.
+least as fast as with an N-th of the device to itself, and the others use what room there is. A light key spends what it
+saved on forwards which only light ones share, or others at next to no cost: it is gone the sooner, and the flood has
+broad forwards again. Where neighbours cost nothing, as on a GPU that is not full, no bound ever binds, nor with many
+keys of few rows each. With one key alive all of this changes nothing.
 """
 
 from collections import Counter, deque
@@ -25,10 +25,12 @@ Shape = tuple[int, int, int]
 Flow = tuple[bool, str]  # a key's work of one priority: whether it is batch work, and whose
 
 PATIENCE_S = 60.0  # who says no deadline is due after this long, so that nobody of one key is overtaken for ever
-CREDIT_S = 5.0  # device seconds that a flow may have saved up
+CREDIT = 100  # forwards of a plain picture: what a flow may have saved up
+LIGHT = 10  # of these: who has saved more than that is light; a broad forward or two are not yet a difference
 KNOWN = 1000  # flows that are remembered; of the others it is not known what they had
 # The rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding.
 SHARE = 0.7
+FREE = 1.1  # times what its own rows take, at which a light key has company all the same
 
 
 class Candidate(Protocol):
@@ -75,7 +77,7 @@ class Turns:
             return []
         order = self._ordered(queues)
         leader = queues[order[0]][0]
-        batch = _Batch(leader, cap(leader.shape), len({key for _, key in order}), self._pace)
+        batch = _Batch(leader, cap(leader.shape), self._slower(order), self._pace)
         self._fill(batch, queues, order)
         self._charge(queues, batch.members)
         return batch.members
@@ -90,9 +92,10 @@ class Turns:
         for batch, level in self._level.items():
             had = [had for flow, had in alive.items() if flow[0] == batch] or [level]
             self._level[batch] = min(max(level, min(had)), max(had))
+        credit = CREDIT * self._pace.plain_s
         for flow in queues:
             level = self._level[flow[0]]
-            self._had[flow] = max(alive.get(flow, level), level - CREDIT_S)
+            self._had[flow] = min(max(alive.get(flow, level), level - credit), level + credit)
         for flow in list(self._had)[: -max(KNOWN, len(queues))]:
             del self._had[flow]
         self._passed &= queues.keys()
@@ -101,6 +104,13 @@ class Turns:
     def _turn(self, flow: Flow) -> tuple[bool, float]:
         """Smaller goes first. Rounded, so that sums made in another order are the same."""
         return flow[0], round(self._had[flow], 6)
+
+    def _slower(self, order: list[Flow]) -> float:
+        """How many times slower the first one may become by those who ride along."""
+        peers = [flow for flow in order if flow[0] == order[0][0]]
+        heavy = max(self._had[flow] for flow in peers) - LIGHT * self._pace.plain_s
+        light = [flow for flow in peers if self._had[flow] < heavy]
+        return max(FREE, SHARE * len({key for _, key in light or order}))
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
         shape = batch.leader.shape
@@ -122,7 +132,7 @@ class Turns:
                 heappop(turns)
 
     def _charge(self, queues: Queues[C], members: Several[C]) -> None:
-        """Who got a place for all it has, has no more than CREDIT_S of claims left: else a key that was content with
+        """Who got a place for all it has, has no more than CREDIT left: else a key that was content with
         little for long would shut the others out when it wants much."""
         breadth = sum(candidate.breadth for candidate in members)
         price = self._pace.forward_s(breadth) / breadth
@@ -137,7 +147,7 @@ class Turns:
         content = {flow for flow, count in places.items() if count == len(queues[flow])}
         for batch in self._level:
             wanting = (self._had[flow] for flow in queues if flow[0] == batch and flow not in content)
-            least = min(wanting, default=0.0) - CREDIT_S
+            least = min(wanting, default=0.0) - CREDIT * self._pace.plain_s
             for flow in content:
                 self._had[flow] = max(self._had[flow], least if flow[0] == batch else 0.0)
 
@@ -145,20 +155,20 @@ class Turns:
 class _Batch(Generic[C]):
     """A batch while it is filled. The leader fits in any case."""
 
-    def __init__(self, leader: C, cap: int, keys: int, pace: Pace):
+    def __init__(self, leader: C, cap: int, slower: float, pace: Pace):
         self.leader = leader
         self.members: list[C] = []
         self.room = max(cap, leader.rows)
-        self._keys, self._pace = keys, pace
+        self._slower, self._pace = slower, pace
         self._breadth = self._own = 0.0  # of all, and of the leader's key
 
     def takes(self, candidate: C) -> bool:
-        """Whether it fits under the cap, and does not slow the leader down beyond its share."""
+        """Whether it fits under the cap, and does not slow the leader down too far."""
         if candidate.rows > self.room:
             return False
         if candidate.key == self.leader.key:
             return True
-        longest = SHARE * self._keys * self._pace.forward_s(self._own)
+        longest = self._slower * self._pace.forward_s(self._own)
         return self._pace.forward_s(self._breadth + candidate.breadth) <= longest
 
     def add(self, candidate: C) -> None:

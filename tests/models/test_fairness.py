@@ -73,5 +73,15 @@ def test_keys_take_turns_at_the_decoder():
     delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
     waiting: list[Any] = [Picture(key) for key in "aaaaaabbc"]
     delivery.queue = waiting
-    assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abca", "abaa", "a"]
+    assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abc", "ab", "aaaa"]
+    delivery.close()
+
+
+def test_a_floods_pictures_are_decoded_one_at_a_time_while_another_key_steps():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    waiting: list[Any] = [Picture("a") for _ in range(6)]
+    stepping: list[Any] = [Picture("a"), Picture("b")]
+    delivery.queue = waiting
+    taken = [delivery.take(stepping), delivery.take(stepping), delivery.take(stepping[:1])]
+    assert [len(sequences) for sequences in taken] == [1, 1, 4]
     delivery.close()
