@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-HEADROOM = 0.8  # of what replicas can do is to be in use: beyond, chance alone makes requests wait
+# Of what replicas can do is to be in use: beyond, chance alone makes requests wait. Serve's delay before it scales down
+# holds what the busiest moment needed, which is as much room again.
+HEADROOM = 0.9
 ROUNDING = 1e-6  # a sum of shares that is one replica's but for the last digit is no reason for another
 
 

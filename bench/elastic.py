@@ -38,7 +38,7 @@ MAX_ROWS = 16
 MOST = 6  # replicas
 DELAYS = {
     "metrics_interval_s": 1,
-    "look_back_period_s": 6,
+    "look_back_period_s": 15,
     "upscale_delay_s": 2,
     "downscale_delay_s": 20,
     "downscale_to_zero_delay_s": 15,

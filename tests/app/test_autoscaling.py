@@ -76,7 +76,7 @@ def replica(
         ),
         pytest.param(context(*4 * [replica(left=2.0, busy=0.75)], requests=8), 4, id="steady traffic holds them"),
         pytest.param(context(*4 * [replica(left=1.0, busy=0.35)], requests=8), 2, id="less traffic"),
-        pytest.param(context(*4 * [replica(left=9.0, busy=0.8)], requests=8), 4, id="exactly enough"),
+        pytest.param(context(*4 * [replica(left=9.0, busy=0.9)], requests=8), 4, id="exactly enough"),
         pytest.param(context(replica(left=25.0, busy=1.0), None, requests=9), 3, id="one has not reported yet"),
         pytest.param(context(None, requests=9, target=3), 3, id="none has: it stays as it is"),
         pytest.param(context(None, target=1), 1, id="none has, and nothing is known to wait"),
