@@ -53,16 +53,17 @@ def main(
     from bench.machine import Machine
 
     console, machine = Console(), Machine.here(threads)
-    shares = sorted(random.Random(seed).uniform(0.1, 0.9) for _ in range(kills))
+    chance = random.Random(seed)
     requests = [request_of(KIND, number) for number in range(prompts)]
     with tempfile.TemporaryDirectory(prefix="heliograph-bench-") as name:
         folder = Path(name)
         before = _alone(prompts, threads)
         _prepare(folder, requests, threads)
         legs, twice = [], 0
-        for share in (*shares, None):
+        for leg in range(kills + 1):
             earlier = _images(folder)
-            legs.append(_leg(folder, None if share is None else int(share * prompts)))
+            kill_at = len(earlier) + int(chance.uniform(0.1, 0.6) * (prompts - len(earlier)))
+            legs.append(_leg(folder, kill_at if leg < kills else None))
             twice += sum(_images(folder)[image] != at for image, at in earlier.items())
         after = _alone(prompts, threads)
         _check(folder, prompts)

@@ -218,7 +218,7 @@ async def compare(ways: Sequence[Contender], arrivals: Sequence[Arrival], progre
 
 def main(
     seed: Annotated[int, typer.Option(help="Of the trace.")] = 1,
-    drain_s: Annotated[float, typer.Option(help="Of the work policy.")] = 3.0,
+    drain_s: Annotated[float, typer.Option(help="Of the work policy.")] = 6.0,
     hold_s: Annotated[float, typer.Option(help="Of the work router.")] = 5.0,
     target: Annotated[float, typer.Option(help="Ongoing requests a replica is to have, for Serve's policy.")] = 8.0,
     quick: Annotated[bool, typer.Option("--quick", help="A short trace, whose figures mean little.")] = False,
