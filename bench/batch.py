@@ -62,8 +62,8 @@ def main(
         legs, twice = [], 0
         for leg in range(kills + 1):
             earlier = _images(folder)
-            kill_at = len(earlier) + int(chance.uniform(0.1, 0.6) * (prompts - len(earlier)))
-            legs.append(_leg(folder, kill_at if leg < kills else None))
+            left = prompts - len(earlier)
+            legs.append(_leg(folder, len(earlier) + int(chance.uniform(0.1, 0.6) * left) if leg < kills else None))
             twice += sum(_images(folder)[image] != at for image, at in earlier.items())
         after = _alone(prompts, threads)
         _check(folder, prompts)

@@ -92,14 +92,17 @@ class Turns:
         for batch, level in self._level.items():
             had = [had for flow, had in alive.items() if flow[0] == batch] or [level]
             self._level[batch] = min(max(level, min(had)), max(had))
-        credit = CREDIT * self._pace.plain_s
         for flow in queues:
             level = self._level[flow[0]]
-            self._had[flow] = min(max(alive.get(flow, level), level - credit), level + credit)
+            self._had[flow] = min(max(alive.get(flow, level), level - self._credit_s), level + self._credit_s)
         for flow in list(self._had)[: -max(KNOWN, len(queues))]:
             del self._had[flow]
         self._passed &= queues.keys()
         return sorted(queues, key=lambda flow: (*self._turn(flow), flow not in self._passed, len(queues[flow])))
+
+    @property
+    def _credit_s(self) -> float:
+        return CREDIT * self._pace.plain_s
 
     def _turn(self, flow: Flow) -> tuple[bool, float]:
         """Smaller goes first. Rounded, so that sums made in another order are the same."""
@@ -132,8 +135,8 @@ class Turns:
                 heappop(turns)
 
     def _charge(self, queues: Queues[C], members: Several[C]) -> None:
-        """Who got a place for all it has, has no more than CREDIT left: else a key that was content with
-        little for long would shut the others out when it wants much."""
+        """Who got a place for all it has, has no more than CREDIT left: else a key that was content with little for
+        long would shut the others out when it wants much."""
         breadth = sum(candidate.breadth for candidate in members)
         price = self._pace.forward_s(breadth) / breadth
         places = dict.fromkeys(queues, 0)
@@ -147,7 +150,7 @@ class Turns:
         content = {flow for flow, count in places.items() if count == len(queues[flow])}
         for batch in self._level:
             wanting = (self._had[flow] for flow in queues if flow[0] == batch and flow not in content)
-            least = min(wanting, default=0.0) - CREDIT * self._pace.plain_s
+            least = min(wanting, default=0.0) - self._credit_s
             for flow in content:
                 self._had[flow] = max(self._had[flow], least if flow[0] == batch else 0.0)
 
