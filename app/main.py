@@ -11,11 +11,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from app.front import Front
 from app.ingress import Gateway
 from app.job_runner import JobRunner
 from app.replica import Model
 from app.routing import REPORT_S, WorkRouter
 from app.settings import (
+    FRONT_DEPLOYMENT,
     MODEL_DEPLOYMENT,
     RUNNER_DEPLOYMENT,
     UPSCALER_DEPLOYMENT,
@@ -23,6 +25,7 @@ from app.settings import (
     ModelSettings,
     RunnerSettings,
     UpscalerSettings,
+    behind_haproxy,
 )
 from app.upscaler import Upscaler
 
@@ -49,6 +52,8 @@ _MODEL = serve.deployment(
     graceful_shutdown_wait_loop_s=0.5,
     ray_actor_options={"num_cpus": 0.1},
 )
+
+_FRONT = serve.deployment(name=FRONT_DEPLOYMENT, ray_actor_options={"num_cpus": 0})
 
 _UPSCALER = serve.deployment(
     name=UPSCALER_DEPLOYMENT,
@@ -84,12 +89,12 @@ def model(args: ModelSettings) -> Application:
 
 def served(by: type[Model], args: ModelSettings) -> Application:
     """A model's application with replicas of this class: benchmarks have one whose network only takes time."""
-    deployment = _MODEL(by)
-    if args.routing == "work":
-        options: Any = {"request_router_class": WorkRouter, "request_router_kwargs": {"hold_s": args.hold_s}}
-        by_work = RequestRouterConfig(**options | {"request_routing_stats_period_s": REPORT_S})
-        deployment = deployment.options(request_router_config=by_work)
-    return deployment.bind(args)
+    if args.routing != "work":
+        return _MODEL(by).bind(args)
+    options: Any = {"request_router_class": WorkRouter, "request_router_kwargs": {"hold_s": args.hold_s}}
+    by_work = RequestRouterConfig(**options | {"request_routing_stats_period_s": REPORT_S})
+    routed = _MODEL(by).options(request_router_config=by_work).bind(args)
+    return _FRONT(Front).bind(routed) if behind_haproxy() else routed
 
 
 def upscaler(args: UpscalerSettings) -> Application:

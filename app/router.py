@@ -27,7 +27,13 @@ from app.hint import Hint
 from app.keys.caller import current
 from app.origin import Needs, Origin
 from app.running import Running
-from app.settings import MODEL_APPLICATION, MODEL_DEPLOYMENT, UPSCALER_APPLICATION, UPSCALER_DEPLOYMENT
+from app.settings import (
+    FRONT_DEPLOYMENT,
+    MODEL_APPLICATION,
+    MODEL_DEPLOYMENT,
+    UPSCALER_APPLICATION,
+    UPSCALER_DEPLOYMENT,
+)
 from models.errors import GenerationFailed, HeliographError, Overloaded
 from models.events import Failed
 from models.images import ImageFormat
@@ -313,8 +319,9 @@ class _States:
 
 
 def _replicas(overview: Any) -> Mapping[str, int]:
-    """How many are in each state."""
-    deployment = next(iter(overview.deployments.values()), None)  # each application has one
+    """How many are in each state, of the one deployment that works."""
+    working = (told for name, told in overview.deployments.items() if name != FRONT_DEPLOYMENT)
+    deployment = next(working, None)
     return deployment.replica_states if deployment else {}
 
 

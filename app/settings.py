@@ -24,6 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 START_S = 120.0  # that a gateway or runner may take over its `user_config`, for which it needs the database
 MODEL_APPLICATION = "model-{name}"  # the Serve application that runs a model; the router finds it by this name
 MODEL_DEPLOYMENT = "Model"
+FRONT_DEPLOYMENT = "Front"  # before the model where HAProxy is on; nothing of ours is in it
 UPSCALER_APPLICATION = "upscaler"
 UPSCALER_DEPLOYMENT = "Upscaler"
 JOBS_APPLICATION = "jobs"
@@ -340,6 +341,11 @@ def set_ray_environment() -> None:
 def ray_auth_mode() -> str:
     """How Ray's own ports are guarded: `token` or `disabled`."""
     return os.environ.get("RAY_AUTH_MODE", RAY_ENVIRONMENT["RAY_AUTH_MODE"])
+
+
+def behind_haproxy() -> bool:
+    """Whether Ray was told to put Serve's HAProxy before the gateways in place of its Python proxies."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def api_key() -> str:

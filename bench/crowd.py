@@ -1,6 +1,7 @@
 """A crowd of HTTP clients in one process, in a closed or an open loop. It leaves the cores to the server."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -86,21 +87,25 @@ class Crowd:
         await self._pool.__aexit__(kind, error, trace)
 
     async def closed(self, clients: int, warm_s: float, seconds: float, query: Callable[[int], Query]) -> Reading:
-        """So many clients, each of whom asks again when it has its answer; what counts is answered after `warm_s`."""
+        """So many clients, each of whom asks again when it has its answer. What counts is answered after `warm_s` and
+        after everybody's first answer: all of them ask at once in the beginning, which is no steady load."""
         loop = asyncio.get_running_loop()
-        numbers, end = iter(range(10**9)), loop.time() + warm_s + seconds
+        numbers, over = itertools.count(), asyncio.Event()
+        heard = [asyncio.Event() for _ in range(clients)]
 
-        async def client() -> None:
-            while loop.time() < end:
+        async def client(answered: asyncio.Event) -> None:
+            while not over.is_set():
                 await self._ask(query(next(numbers)), loop.time())
+                answered.set()
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(clients):
-                tasks.create_task(client())
-            await asyncio.sleep(warm_s)
+            for answered in heard:
+                tasks.create_task(client(answered))
+            await asyncio.gather(asyncio.sleep(warm_s), *(answered.wait() for answered in heard))
             self._begin()
             began = loop.time()
-            await asyncio.sleep(end - began)
+            await asyncio.sleep(seconds)
+            over.set()
             return self._heard.reading(loop.time() - began, self._meter.stop())
 
     async def opened(self, arrivals_s: Sequence[float], query: Callable[[int], Query]) -> Reading:

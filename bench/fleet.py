@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx2
 import yaml
 
+from app.settings import FRONT_DEPLOYMENT
 from bench.serving import PROJECT, Serving, end_on_sigterm
 from bench.simulation import Times, simulated
 
@@ -87,8 +88,13 @@ class Fleet:
 
     async def _states(self, application: str) -> list[str]:
         told = (await self._dashboard.get("/api/serve/applications/")).raise_for_status().json()
-        deployments = told["applications"][application]["deployments"].values()
-        return [replica["state"] for deployment in deployments for replica in deployment["replicas"]]
+        deployments = told["applications"][application]["deployments"]
+        return [
+            replica["state"]
+            for name, deployment in deployments.items()
+            if name != FRONT_DEPLOYMENT
+            for replica in deployment["replicas"]
+        ]
 
 
 def configuration(folder: Path, times: Mapping[str, Times], settings: Mapping[str, Any]) -> dict[str, Any]:

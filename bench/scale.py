@@ -82,8 +82,8 @@ WHOLE = Plan(
     free=2,
     warm_s=4.0,
     gateway_s=6.0,
-    closed_s=14.0,
-    open_s=14.0,
+    closed_s=20.0,
+    open_s=20.0,
 )
 SHORT = Plan(sizes={DEFAULT: (1, 2)}, gateways=(1,), free=1, warm_s=1.0, gateway_s=3.0, closed_s=6.0, open_s=4.0)
 

@@ -30,7 +30,7 @@ class Shape:
 
     few_s: float = 20.0
     rise_s: float = 40.0
-    hold_s: float = 90.0
+    hold_s: float = 180.0
     few: float = 0.2
     peak: float = 5.0
 

@@ -255,8 +255,9 @@ async def test_a_model_that_does_not_run_is_said_at_once(routed, state: str):
     ],
 )
 def test_a_models_state_is_read_from_serves(status: str, replicas: dict[str, int], state: str):
-    overview = SimpleNamespace(status=status, deployments={"Model": SimpleNamespace(replica_states=replicas)})
-    assert _state(overview) == state
+    model, front = SimpleNamespace(replica_states=replicas), SimpleNamespace(replica_states={"RUNNING": 1})
+    assert _state(SimpleNamespace(status=status, deployments={"Model": model})) == state
+    assert _state(SimpleNamespace(status=status, deployments={"Front": front, "Model": model})) == state
 
 
 @pytest.mark.parametrize("state", ["missing", "failed"])

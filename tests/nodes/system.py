@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import yaml
 
+from app.settings import FRONT_DEPLOYMENT
 from tests.nodes.cluster import Cluster
 
 READY_TIMEOUT_S = 240.0
@@ -56,7 +57,8 @@ class System:
     async def _placed(self, application: str) -> list[Replica]:
         """All of an application that live: those that start, drain and stop among them."""
         told = (await self._cluster.applications()).get(application, {"deployments": {}})
-        found = [r for deployment in told["deployments"].values() for r in deployment["replicas"]]
+        working = [deployment for name, deployment in told["deployments"].items() if name != FRONT_DEPLOYMENT]
+        found = [r for deployment in working for r in deployment["replicas"]]
         begun = [r for r in found if r.get("pid") and r.get("node_id")]  # the others wait for a place
         placed = [Replica(r["state"], r["pid"], self._cluster.node_of(r["pid"]), r["node_id"]) for r in begun]
         return [replica for replica in placed if replica.node]
