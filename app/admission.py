@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from models.errors import Overloaded
 
 LEAST_S = 1.0  # that somebody is told to wait before asking again
+AWAKE_S = 5.0  # after an engine was heard of, a count of no replicas is an old one
 
 
 class Place:
@@ -36,6 +37,7 @@ class Admission:
         self._paces: dict[str, float] = {}
         self._replicas: dict[str, int] = {}
         self._waiting: dict[str, set[Place]] = defaultdict(set)
+        self._heard: dict[str, float] = {}  # when an engine of the model took something on last
         self._waking: dict[str, float] = {}  # since when somebody has waited for a sleeping model
         self._wake_s: dict[str, float] = {}  # how long that took last
 
@@ -48,8 +50,9 @@ class Admission:
         """
         self._replicas[model] = replicas
         self._check(model, key, work)
-        if not replicas:
-            self._waking.setdefault(model, time.monotonic())
+        now = time.monotonic()
+        if not replicas and now - self._heard.get(model, -math.inf) > AWAKE_S:
+            self._waking.setdefault(model, now)
         place = Place(self, model, key, work)
         self._waiting[model].add(place)
         try:
@@ -67,7 +70,7 @@ class Admission:
         """For places. A second time says nothing."""
         self._waiting[model].discard(place)
         if seconds_per_work > 0:
-            self._paces[model] = seconds_per_work
+            self._paces[model], self._heard[model] = seconds_per_work, time.monotonic()
             if model in self._waking:
                 self._wake_s[model] = time.monotonic() - self._waking.pop(model)
         elif not self._waiting[model]:  # those who waited have given up

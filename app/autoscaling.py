@@ -22,8 +22,8 @@ class WorkPolicy:
 
     The first answers bursts, by the freshest reports. The second holds what steady traffic needs, by the mean over
     Serve's look-back window: by what is left alone a fleet that keeps up would always look too large. There are
-    never more replicas than pictures, which nobody shares; while there is any request there is one, and without any,
-    and with nothing left, there need be none.
+    never more replicas than requests, whose pictures stay together; while there is any request there is one, and
+    without any, and with nothing left, there need be none.
     """
 
     def __init__(self, drain_s: float = 10.0):
@@ -42,7 +42,7 @@ class WorkPolicy:
         queued = _queued(context)
         seconds = sum(left.values()) + mean_s * queued
         wanted = max(_ceil(seconds / self._drain_s), _ceil(_in_use(context) / HEADROOM))
-        wanted = min(wanted, _ceil(sum(_freshest(context, "pictures").values()) + queued))
+        wanted = min(wanted, _ceil(sum(_freshest(context, "requests").values()) + queued))
         return max(wanted, int(context.total_num_requests > 0)), {}
 
 

@@ -20,7 +20,8 @@ NOBODY = Party("", False)
 @dataclass(frozen=True, kw_only=True)
 class Hint:
     """`work` is in row positions (models/work.py). A replica is warm for the request where it has lately put these
-    LoRAs on its model and drawn in this size. A request that is `urgent` has a deadline to keep."""
+    LoRAs on its model and drawn in this size. A request that is `urgent` has a deadline to keep, and is no batch work:
+    that waits for whoever waits."""
 
     work: float = 0.0
     loras: tuple[str, ...] = ()
@@ -36,5 +37,5 @@ class Hint:
             loras=tuple(sorted({use.name for use in request.adapters})),
             size=f"{request.width}x{request.height}",
             party=Party(key, request.priority == "batch"),
-            urgent=request.deadline_s is not None,
+            urgent=request.deadline_s is not None and request.priority != "batch",
         )

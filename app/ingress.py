@@ -93,7 +93,7 @@ class Gateway:
         catalogue = CatalogueSettings.model_validate(user_config)
         upscaler = catalogue.upscaler.card() if catalogue.upscaler else None
         self._service.offer(catalogue.cards(), catalogue.default_model, Shelf(catalogue.models), upscaler)
-        self._experiments.offer(catalogue.experiments)
+        self._experiments.offer(catalogue.experiments, catalogue.default_model)
         self._readiness.warm_up()
 
     def check_health(self) -> None:

@@ -318,10 +318,14 @@ class _States:
             self._asking, self._asked_at = None, time.monotonic()
 
 
+def _working_deployment(overview: Any) -> Any:
+    """The one of an application that works; None while it has none yet."""
+    return next((told for name, told in overview.deployments.items() if name != FRONT_DEPLOYMENT), None)
+
+
 def _replicas(overview: Any) -> Mapping[str, int]:
-    """How many are in each state, of the one deployment that works."""
-    working = (told for name, told in overview.deployments.items() if name != FRONT_DEPLOYMENT)
-    deployment = next(working, None)
+    """How many are in each state."""
+    deployment = _working_deployment(overview)
     return deployment.replica_states if deployment else {}
 
 
@@ -340,7 +344,8 @@ def _state(overview: Any) -> ModelState:
         return "loading"
     if overview.status in ("DEPLOYING", "NOT_STARTED"):
         return "loading"
-    return "failed" if overview.status == "UNHEALTHY" else "cold"
+    told = _working_deployment(overview) or overview
+    return "failed" if told.status == "UNHEALTHY" else "cold"
 
 
 async def _answer(replica: Any, ending: Ending, id: str) -> bool:

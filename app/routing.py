@@ -143,8 +143,10 @@ class WorkRouter(RequestRouter):
             return [[replica] for replica in candidate_replicas]  # the last one may have gone during a wait for room
         replicas = random.sample(candidate_replicas, len(candidate_replicas))  # so that equals take turns
         standings = [self._standings.get(replica.replica_id, Standing()) for replica in replicas]
-        order = ends(standings, _hint(pending_request), time.monotonic())
-        return [[replicas[i]] for i in sorted(range(len(replicas)), key=order.__getitem__)]
+        now = time.monotonic()
+        order = ends(standings, _hint(pending_request), now)
+        full = [not self._has_room(standing, now) for standing in standings]
+        return [[replicas[i]] for i in sorted(range(len(replicas)), key=lambda i: (full[i], order[i]))]
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
@@ -171,7 +173,7 @@ class WorkRouter(RequestRouter):
         """Whether the only replica of a rank has a place. The call counts as sent there from the start, so that those
         chosen for at the same time spread."""
         id, taken = pending_request.metadata.internal_request_id, False
-        standing = self._standings.setdefault(rank[0].replica_id, Standing())
+        standing = self._standings.get(rank[0].replica_id, Standing())  # it may have gone by now
         standing.sent.append(Sent(id=id, hint=_hint(pending_request), at=time.monotonic()))
         self._let_in()
         try:
@@ -189,7 +191,7 @@ class WorkRouter(RequestRouter):
 
     async def _room(self, hint: Hint) -> None:
         """Waits until a replica has room, where the call has to wait for that."""
-        if math.isinf(self._hold_s) or hint.urgent or (self._has_room() and not self._lobby):
+        if hint.urgent or (self._is_room() and not self._lobby):
             return
         if not self._under_way()[hint.party]:
             return
@@ -208,18 +210,19 @@ class WorkRouter(RequestRouter):
             return
         under_way = self._under_way()
         waiter = self._lobby.next(under_way.__getitem__)
-        if waiter is not None and (self._has_room() or not under_way[waiter.hint.party]):
+        if waiter is not None and (self._is_room() or not under_way[waiter.hint.party]):
             self._lobby.call(waiter)
 
-    def _has_room(self) -> bool:
+    def _is_room(self) -> bool:
+        """Whether any replica has some; without `hold_s` there always is."""
+        now = time.monotonic()
+        return math.isinf(self._hold_s) or any(self._has_room(standing, now) for standing in self._standings.values())
+
+    def _has_room(self, standing: Standing, now: float) -> bool:
         """A replica that has not told its pace yet is taken for an ordinary one: else all that waits would be sent to
         the first that comes, in the second before its first report."""
-        now = time.monotonic()
-        for standing in self._standings.values():
-            left = standing.left(now)
-            if not left or left * (standing.pace or self._usual_pace) < self._hold_s:
-                return True
-        return False
+        left = standing.left(now)
+        return not left or math.isinf(self._hold_s) or left * (standing.pace or self._usual_pace) < self._hold_s
 
     def _under_way(self) -> Mapping[Party, float]:
         """The work that each has at replicas, as far as it was sent from here; added up once for all who wait."""

@@ -166,7 +166,7 @@ class Service:
 
     def enrol(self, request: GenerationRequest, visit: Visit) -> Enrolment:
         """Puts a request into the experiments that it belongs to, which decide what it leaves open."""
-        return self.experiments.enrol(request, visit, self._default_model, self._draws)
+        return self.experiments.enrol(request, visit, self._draws)
 
     async def generate(
         self,

@@ -42,11 +42,10 @@ class Vitals:
                 self._requests -= 1
 
     def autoscaling(self, load: Load, pace: float) -> dict[str, float]:
-        """For app.autoscaling.WorkPolicy: seconds of work left, of how many pictures and requests, seconds of a mean
-        request, and the share of what the replica can do that is in use."""
+        """For app.autoscaling.WorkPolicy: seconds of work left, of how many requests, seconds of a mean request, and
+        the share of what the replica can do that is in use."""
         return {
             "seconds_left": load.work_left * pace,
-            "pictures": float(load.waiting + load.running),
             "requests": float(self._requests),
             "request_s": self._mean_work * pace,
             "busy": busy(load, pace),

@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpcore2
-import numpy as np
 import orjson
 
 from bench.processes import Meter, Usage
+from bench.quantile import quantile
 
 STAGES = ("queued", "encode", "denoise", "decode")  # an answer's timings inside the engine
 TIMEOUT_S = 300.0
@@ -50,7 +50,7 @@ class Reading:
 
 def quantile_ms(seconds: Sequence[float], share: float) -> float | None:
     """The smallest that this share of all do not exceed, in milliseconds; None of nothing."""
-    return 1000 * float(np.quantile(seconds, share, method="inverted_cdf")) if seconds else None
+    return 1000 * quantile(seconds, share) if seconds else None
 
 
 @dataclass

@@ -24,6 +24,7 @@ from rich.progress import Progress, TaskID
 from app.deployment import WORK_POLICY
 from bench import readme
 from bench.chart import Panel, Points, draw
+from bench.quantile import quantile
 from bench.replicas import Count, count, replica_seconds, watch
 from bench.report import Sheet
 from bench.serving import PROJECT, Serving, end_on_sigterm
@@ -71,7 +72,7 @@ class Result:
 
     def percentile(self, percent: float, of: Callable[[Answer], float], steps: int | None = None) -> float:
         """Of all answers, or of those of so many steps (nearest rank)."""
-        return _percentile([of(one) for one in self.answers if steps in (None, one.arrival.steps)], percent)
+        return quantile([of(one) for one in self.answers if steps in (None, one.arrival.steps)], percent / 100)
 
 
 def contenders(drain_s: float, hold_s: float, target: float) -> tuple[Contender, Contender]:
@@ -198,12 +199,7 @@ def _waits(result: Result) -> Points:
     windows: dict[int, list[float]] = {}
     for answer in result.answers:
         windows.setdefault(int(answer.arrival.at_s // WINDOW_S), []).append(answer.wait_s)
-    return [(WINDOW_S * (number + 0.5), _percentile(waits, 95)) for number, waits in sorted(windows.items())]
-
-
-def _percentile(values: Sequence[float], percent: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(percent / 100 * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+    return [(WINDOW_S * (number + 0.5), quantile(waits, 0.95)) for number, waits in sorted(windows.items())]
 
 
 async def compare(ways: Sequence[Contender], arrivals: Sequence[Arrival], progress: Progress) -> list[Result]:
@@ -253,8 +249,8 @@ def _facts(arrivals: Sequence[Arrival], shape: Shape, drain: str, hold: str, tar
         f"{MOST} replicas, {delays}. By work: WorkPolicy with {drain}, WorkRouter with {hold}. By requests: Serve's "
         f"default policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
         f"{SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows.",
-        "Wait: all of a request's time that was not work on it. First: the first request's, which wakes the model. "
-        "Replica-seconds count replicas that load or stop, too.",
+        "All requests are one caller's. Wait: all of a request's time that was not work on it. First: the first "
+        "request's, which wakes the model. Replica-seconds count replicas that load or stop, too.",
         f"Machine: {machine}.",
         f"Command: `{' '.join(['python -m bench.elastic', *sys.argv[1:]])}`.",
     ]

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import os
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from bench import readme
+from bench.quantile import quantile
 from bench.report import NOTHING, Sheet
 from bench.serving import PROJECT, Serving, end_on_sigterm
 
@@ -59,8 +59,7 @@ class Part:
 
     def latency_s(self, percent: float) -> float:
         """The light key's latency that so many percent of its requests do not exceed (nearest rank)."""
-        ordered = sorted(answer.latency_s for answer in self.good(LIGHT))
-        return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
+        return quantile([answer.latency_s for answer in self.good(LIGHT)], percent / 100)
 
     def pictures_per_s(self) -> float:
         """The flood's, over the time to its last picture."""

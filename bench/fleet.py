@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx2
 import yaml
 
-from app.settings import FRONT_DEPLOYMENT
+from bench.replicas import Count, count
 from bench.serving import PROJECT, Serving, end_on_sigterm
 from bench.simulation import Times, simulated
 
@@ -72,9 +72,12 @@ class Fleet:
     async def _running(self, application: str) -> None:
         """Waits until as many replicas run as are counted."""
         async with asyncio.timeout(READY_TIMEOUT_S):
-            while await self._states(application) != ["RUNNING"] * self._counts[application]:
+            while not self._is_whole(application, await count(self._dashboard, application)):
                 self._serving.check_is_alive()
                 await asyncio.sleep(POLL_S)
+
+    def _is_whole(self, application: str, found: Count) -> bool:
+        return found.running == found.held == self._counts[application]
 
     async def _deploy(self) -> None:
         """The configuration with the present counts. Serve changes them in place, as nothing else is another."""
@@ -85,16 +88,6 @@ class Fleet:
     def _counted(self, application: dict[str, Any]) -> dict[str, Any]:
         [deployment] = application["deployments"]
         return application | {"deployments": [deployment | {"num_replicas": self._counts[application["name"]]}]}
-
-    async def _states(self, application: str) -> list[str]:
-        told = (await self._dashboard.get("/api/serve/applications/")).raise_for_status().json()
-        deployments = told["applications"][application]["deployments"]
-        return [
-            replica["state"]
-            for name, deployment in deployments.items()
-            if name != FRONT_DEPLOYMENT
-            for replica in deployment["replicas"]
-        ]
 
 
 def configuration(folder: Path, times: Mapping[str, Times], settings: Mapping[str, Any]) -> dict[str, Any]:

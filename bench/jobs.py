@@ -22,6 +22,7 @@ from app.jobs.store import JobStore
 from app.jobs.submission import Bounds
 from app.jobs.tables import jobs
 from bench import readme
+from bench.quantile import quantile
 from bench.report import Sheet
 from bench.serving import Serving, end_on_sigterm
 
@@ -130,11 +131,6 @@ async def compare(url: str, rounds: int) -> dict[int, Seconds]:
                 found[size]["claim past one who is full"] = (await measure(database, rounds))["claim"]
     await database.close()
     return found
-
-
-def quantile(seconds: list[float], share: float) -> float:
-    """The smallest measurement that `share` of all do not exceed."""
-    return sorted(seconds)[min(int(share * len(seconds)), len(seconds) - 1)]
 
 
 def sheet_of(name: str, found: Mapping[int, Seconds]) -> Sheet:

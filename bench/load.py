@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.contender import Contender, Work
+from bench.quantile import quantile
 from models.request import GenerationRequest
 
 ATTAINMENT = 0.95  # the share of requests that must be in time
@@ -58,8 +59,7 @@ class Run:
 
     def latency_s(self, percent: float) -> float:
         """The latency that `percent` % of the requests do not exceed (nearest rank)."""
-        ordered = sorted(o.latency_s for o in self.outcomes)
-        return ordered[max(math.ceil(percent / 100 * len(ordered)), 1) - 1]
+        return quantile([o.latency_s for o in self.outcomes], percent / 100)
 
     @property
     def rows_per_forward(self) -> float | None:

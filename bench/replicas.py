@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import httpx2
 
+from app.settings import FRONT_DEPLOYMENT
+
 POLL_S = 0.5
 
 
@@ -24,8 +26,9 @@ class Count:
 async def count(dashboard: httpx2.AsyncClient, application: str, since: float = 0.0) -> Count:
     """The replicas now. Raises httpx2.HTTPError."""
     told = (await dashboard.get("/api/serve/applications/")).raise_for_status().json()
-    deployments = told["applications"][application]["deployments"].values()
-    states = [replica["state"] for deployment in deployments for replica in deployment["replicas"]]
+    deployments = told["applications"][application]["deployments"].items()
+    working = [deployment for name, deployment in deployments if name != FRONT_DEPLOYMENT]
+    states = [replica["state"] for deployment in working for replica in deployment["replicas"]]
     return Count(at_s=time.monotonic() - since, running=states.count("RUNNING"), held=len(states))
 
 

@@ -4,6 +4,7 @@ Several blocks are in an actor at a time, each in a thread that waits: the engin
 as full at a block's end as in its middle.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from cluster.inputs import Pictures
 from cluster.place import Place
 from cluster.table import Row
 
-_UNBOUNDED = 2**31  # pictures that may wait: there are no more than the blocks have
+# Of pictures and of seconds that may wait: there is no more than the blocks have, and nobody else to send it to.
+_UNBOUNDED = {"max_waiting": 2**31, "max_wait_s": math.inf}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Actor:
     def __init__(self, work: Work):
         from app.replica import start_engine  # brings Ray, which reads its environment when it is imported
 
-        engine, _ = start_engine(work.model.model_copy(update={"max_waiting": _UNBOUNDED}))
+        engine, _ = start_engine(work.model.model_copy(update=_UNBOUNDED))
         self._drawer = Drawer(engine, Pictures(work.folder, work.fetch), work.place())
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -20,6 +20,7 @@ from cluster.beginnings import ALONE, TOGETHER, Beginnings
 from cluster.inputs import Pictures
 from cluster.manifest import SCHEMA, Manifest, Record
 from cluster.place import Place
+from cluster.shared_lock import SharedLock
 from cluster.table import Row
 from models.errors import GenerationFailed, HeliographError
 from models.events import Event, Failed, Finished
@@ -58,6 +59,7 @@ class Drawer:
     def __init__(self, engine: "Engine", pictures: Pictures, place: Place):
         self._engine, self._pictures, self._place = engine, pictures, place
         self._manifest, self._beginnings = Manifest(place), Beginnings(place)
+        self._lock = SharedLock()
         self._keepers = ThreadPoolExecutor(KEEPERS, thread_name_prefix="keeper")
 
     def draw(self, rows: Sequence[Row]) -> list[Record]:
@@ -71,17 +73,20 @@ class Drawer:
             rows = [row for row in rows if row.number not in recorded]
         if not rows:
             return []
-        if self._beginnings.together(first):
-            records = self._recorded(rows, self._drawn(rows))
-        else:
+        with self._lock.shared():
+            together = self._beginnings.together(first)
+            records = self._recorded(rows, self._drawn(rows)) if together else []
+        if not together:
             records = [record for row in rows for record in self._drawn_alone(row)]
         self._beginnings.over(first)
         return records
 
     def _drawn_alone(self, row: Row) -> Sequence[Record]:
-        records = self._drawn([row]) if self._beginnings.alone(row.number) else [_failed(row, _POISONED)]
-        self._recorded([row], records)
-        self._beginnings.over_alone(row.number)
+        """Nothing else is drawn in this process meanwhile, by other threads either: what ends it is this row."""
+        with self._lock.alone():
+            records = self._drawn([row]) if self._beginnings.alone(row.number) else [_failed(row, _POISONED)]
+            self._recorded([row], records)
+            self._beginnings.over_alone(row.number)
         return records
 
     def _recorded(self, rows: Sequence[Row], records: list[Record]) -> list[Record]:
@@ -156,15 +161,20 @@ class Drawer:
             os._exit(1)
 
     def _keep(self, drawing: _Drawing, picture: Finished) -> Record:
-        media_type = MEDIA_TYPES[picture.format]
-        path = f"{IMAGES}/{drawing.row.id}-{picture.index}.{CONTENT_TYPES[media_type]}"
-        self._place.put(path, picture.data, media_type)
+        path = _path(drawing, picture.index)
+        self._place.put(path, picture.data, MEDIA_TYPES[picture.format])
         return _record(drawing, picture, path)
 
     def _given_up(self, drawing: _Drawing, error: HeliographError) -> Record:
-        """The record of a row that failed; pictures of it that came are removed."""
-        self._place.delete(*(kept.result()["path"] for kept in drawing.kept.values()))
+        """The record of a row that failed; pictures of it that came are removed, those of earlier runs too."""
+        wait(drawing.kept.values())
+        self._place.delete(*(_path(drawing, index) for index in range(drawing.request.samples)))
         return _failed(drawing.row, envelope(error)["error"])
+
+
+def _path(drawing: _Drawing, index: int) -> str:
+    """Where a picture of a row is kept."""
+    return f"{IMAGES}/{drawing.row.id}-{index}.{CONTENT_TYPES[MEDIA_TYPES[drawing.request.output_format]]}"
 
 
 def _tell(heard: Heard, number: int, event: Event) -> None:

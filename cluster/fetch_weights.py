@@ -48,6 +48,9 @@ class Fetcher:
             raise InvalidRequest("model", f"`{pinned}` must be ORG/NAME@COMMIT with a commit of 40 hexadecimal digits")
         folder = self._to / pinned
         if folder.is_dir():
+            if self._locking and not self._lock.has(pinned):  # ended before it was written down
+                files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+                self._lock.add(pinned, {path.as_posix(): _look_at(folder / path) for path in files})
             return folder
         locked = None if self._locking else self._lock.files(pinned)
         files = self._hub.files(model, commit, wanted(COMPONENTS))

@@ -36,6 +36,10 @@ class Lock:
         except ValidationError as wrong:
             raise InvalidRequest("lock_file", f"{path} is not a lock of weights: {wrong}") from wrong
 
+    def has(self, pinned: str) -> bool:
+        """Whether `ORG/NAME@COMMIT` is locked."""
+        return pinned in self._models
+
     def files(self, pinned: str) -> Files:
         """Those of `ORG/NAME@COMMIT`. Raises InvalidRequest where it is not locked."""
         if pinned not in self._models:

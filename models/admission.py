@@ -92,6 +92,8 @@ def check(newcomer: Claim, held: Sequence[Claim], bounds: Bounds, pace: Pace) ->
 
 
 def _check_places(newcomer: Claim, held: Sequence[Claim], most: int, seconds_per_work: float) -> None:
+    if not held:
+        return  # it would not find more room at any other time
     waiting = sum(claim.waiting for claim in held)
     excess = _excess(newcomer, held, most, lambda claim: claim.waiting, newcomer.waiting)
     if excess > 0:

@@ -1,7 +1,6 @@
 """From finished latents to encoded pictures: decoded a few at a time between steps, packed in threads of their own."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +14,7 @@ from models.errors import GenerationFailed
 from models.events import Finished, Timings
 from models.images import encode
 from models.sequence import Sequence
+from models.turns import Flow, flow_of
 from models.work import NEVER
 
 _PICTURES = 4  # of the native size, decoded between two steps at most
@@ -32,22 +32,35 @@ class Delivery:
         self._revision = revision
         self._pixels = _PICTURES * native_pixels
         self._on_packed = on_packed
+        self._served: dict[Flow, float] = {}  # when pictures of a flow were taken last, of those in the queue
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="packing")
         self._tidied = time.monotonic()
 
     def take(self, stepping: Iterable[Sequence] = ()) -> list[Sequence]:
-        """The next few to decode together: one shape, and no more than would hold up the steps. Keys take turns, and
-        where others are stepping, one picture of a key is enough: it is their time."""
+        """The next few to decode together: one shape, and no more than would hold up the steps.
+
+        Interactive work comes first, then whoever has waited for longest since pictures of theirs were taken. While
+        there are others whose work is as urgent, one picture of each is enough: it is their time.
+        """
         if not self.queue:
             return []
-        keys = {sequence.key for sequence in (*self.queue, *stepping)}
-        queue = [sequence for rank, sequence in _ranked(self.queue) if rank == 0 or len(keys) == 1]
+        queue = sorted(self.queue, key=self._turn)
         first = queue[0]
+        flows = {flow_of(sequence) for sequence in (*self.queue, *stepping)}
+        if len([batch for batch, _ in flows if batch <= flow_of(first)[0]]) > 1:
+            queue = list({flow_of(sequence): sequence for sequence in reversed(queue)}.values())[::-1]
         pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
         room = max(1, self._pixels // pixels)
         taken = [sequence for sequence in queue if sequence.shape == first.shape][:room]
         self.queue = [sequence for sequence in self.queue if sequence not in taken]
+        self._served |= dict.fromkeys(map(flow_of, taken), time.monotonic())
+        self._served = {flow: self._served[flow] for flow in map(flow_of, self.queue) if flow in self._served}
         return taken
+
+    def _turn(self, sequence: Sequence) -> tuple[bool, float]:
+        """Smaller goes first."""
+        flow = flow_of(sequence)
+        return flow[0], max(sequence.denoised, self._served.get(flow, 0.0))
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Decodes sequences of one shape and hands them to the packing threads."""
@@ -70,16 +83,6 @@ class Delivery:
             self._on_packed(sequence, failed)
         except Exception as fault:
             self._on_packed(sequence, GenerationFailed("engine_fault", f"packing the picture failed: {fault!r}"))
-
-
-def _ranked(queue: list[Sequence]) -> list[tuple[int, Sequence]]:
-    """Every key's first with 0, then every key's second with 1, and so on."""
-    seen: Counter[str] = Counter()
-    ranked: list[tuple[int, Sequence]] = []
-    for sequence in queue:
-        ranked.append((seen[sequence.key], sequence))
-        seen[sequence.key] += 1
-    return sorted(ranked, key=lambda one: one[0])
 
 
 def _finished(sequence: Sequence, picture: np.ndarray, revision: str) -> Finished:

@@ -75,4 +75,5 @@ class Pace:
         if not self._expected:
             return 0.0
         like = min(max(breadth, self._usual), self._full)
-        return self._took / self._expected * self.forward_s(like) / like
+        each = self.forward_s(like) / like if len(self._breadths) else 1.0
+        return self._took / self._expected * each

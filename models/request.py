@@ -120,6 +120,11 @@ class GenerationRequest:
         effective.check(card)
         return effective
 
+    @property
+    def names_parts_of_a_model(self) -> bool:
+        """Whether it names what fits one model and not another: LoRAs, in the prompt too, or ControlNets."""
+        return bool(self.controls or self._adapted().get("adapters", self.adapters))
+
     def _adapted(self) -> dict[str, Any]:
         """The prompt without its LoRA tags, which are moved to the adapters."""
         if self.prompt_syntax == "plain":

@@ -10,7 +10,8 @@ that leads may expect a forward to take no longer than SHARE * N times what its 
 least as fast as with an N-th of the device to itself, and the others use what room there is. A light key spends what it
 saved on forwards which only light ones share, or others at next to no cost: it is gone the sooner, and the flood has
 broad forwards again. Where neighbours cost nothing, as on a GPU that is not full, no bound ever binds, nor with many
-keys of few rows each. With one key alive all of this changes nothing.
+keys of few rows each. Where one key's work of one priority is alive all of this changes nothing; batch work beside
+interactive work has the room that costs next to nothing.
 """
 
 from collections import Counter, deque
@@ -72,7 +73,7 @@ class Turns:
         """The next batch, of which the first one leads, under a cap in rows; who is in it is charged for it."""
         queues: dict[Flow, list[C]] = {}
         for candidate in sorted(candidates, key=lambda candidate: candidate.urgency):
-            queues.setdefault(_flow(candidate), []).append(candidate)
+            queues.setdefault(flow_of(candidate), []).append(candidate)
         if not queues:
             return []
         order = self._ordered(queues)
@@ -113,7 +114,7 @@ class Turns:
         peers = [flow for flow in order if flow[0] == order[0][0]]
         heavy = max(self._had[flow] for flow in peers) - LIGHT * self._pace.plain_s
         light = [flow for flow in peers if self._had[flow] < heavy]
-        return max(FREE, SHARE * len({key for _, key in light or order}))
+        return max(FREE, SHARE * len(light or peers))
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
         shape = batch.leader.shape
@@ -127,7 +128,7 @@ class Turns:
             if batch.takes(candidate):
                 batch.add(candidate)
                 had += price * candidate.breadth
-            elif candidate.key != batch.leader.key:
+            elif order[n] != batch.flow:
                 alike[n].clear()  # what it has besides is less urgent, and could hardly fit
             if alike[n]:
                 heapreplace(turns, (priority, had, n))
@@ -142,7 +143,7 @@ class Turns:
         places = dict.fromkeys(queues, 0)
         peers = Counter(batch for batch, _ in queues)
         for candidate in members:
-            flow = _flow(candidate)
+            flow = flow_of(candidate)
             self._had[flow] += price * candidate.breadth
             self._level[flow[0]] += price * candidate.breadth / peers[flow[0]]
             places[flow] += 1
@@ -159,17 +160,17 @@ class _Batch(Generic[C]):
     """A batch while it is filled. The leader fits in any case."""
 
     def __init__(self, leader: C, cap: int, slower: float, pace: Pace):
-        self.leader = leader
+        self.leader, self.flow = leader, flow_of(leader)
         self.members: list[C] = []
         self.room = max(cap, leader.rows)
         self._slower, self._pace = slower, pace
-        self._breadth = self._own = 0.0  # of all, and of the leader's key
+        self._breadth = self._own = 0.0  # of all, and of the leader's flow
 
     def takes(self, candidate: C) -> bool:
         """Whether it fits under the cap, and does not slow the leader down too far."""
         if candidate.rows > self.room:
             return False
-        if candidate.key == self.leader.key:
+        if flow_of(candidate) == self.flow:
             return True
         longest = self._slower * self._pace.forward_s(self._own)
         return self._pace.forward_s(self._breadth + candidate.breadth) <= longest
@@ -178,8 +179,9 @@ class _Batch(Generic[C]):
         self.members.append(candidate)
         self.room -= candidate.rows
         self._breadth += candidate.breadth
-        self._own += candidate.breadth * (candidate.key == self.leader.key)
+        self._own += candidate.breadth * (flow_of(candidate) == self.flow)
 
 
-def _flow(candidate: Candidate) -> Flow:
+def flow_of(candidate: Candidate) -> Flow:
+    """Whose work it is, and of which priority."""
     return candidate.urgency[0], candidate.key

@@ -51,20 +51,22 @@ def enrol(
     request: GenerationRequest,
     visit: Visit,
     experiments: Mapping[str, ExperimentSettings],
-    default_model: str,
     draws: Draws,
     is_off: IsOff,
 ) -> Enrolment:
     """Puts a request into every experiment that it belongs to.
 
     One that any of the arms could not draw is in none of them: else the arms would not have the same kinds of requests.
+    Where arms differ in their model, neither is one that names what is made for a model: LoRAs and ControlNets.
     """
     shadows: list[GenerationRequest] = []
     for name, experiment in experiments.items():
         unit, salt = visit.unit(experiment), experiment.salt or name
         if unit is None or not visit.is_let_in(experiment) or not is_in(salt, unit, experiment.share):
             continue
-        versions = {arm: experiment.applied(request, arm, default_model) for arm in experiment.arms}
+        versions = {arm: experiment.applied(request, arm) for arm in experiment.arms}
+        if "model" in experiment.decides and request.names_parts_of_a_model:
+            continue
         if not all(draws(version) for version in versions.values()):
             continue
         assigned = arm_of(salt, unit, {arm: settings.weight for arm, settings in experiment.drawn.items()})

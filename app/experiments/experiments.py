@@ -50,10 +50,10 @@ class Experiments:
         self._rails, self._count = Rails(now), count
         self._settings: dict[str, ExperimentSettings] = {}
 
-    def offer(self, settings: Mapping[str, ExperimentSettings]) -> None:
+    def offer(self, settings: Mapping[str, ExperimentSettings], default_model: str) -> None:
         """Replaces the experiments. What was seen of one that stays as it is stays known."""
-        self._settings = dict(settings)
-        self._rails.keep({_key(name, arm, one) for name, one in settings.items() for arm in one.arms})
+        self._settings = {name: one.completed(default_model) for name, one in settings.items()}
+        self._rails.keep({_key(name, arm, one) for name, one in self._settings.items() for arm in one.arms})
 
     @property
     def store(self) -> ExperimentStore:
@@ -73,9 +73,9 @@ class Experiments:
         settings = self._settings[name]
         return Offered(name=name, settings=settings, rails={arm: self._state(name, arm) for arm in settings.drawn})
 
-    def enrol(self, request: GenerationRequest, visit: Visit, default_model: str, draws: Draws) -> Enrolment:
+    def enrol(self, request: GenerationRequest, visit: Visit, draws: Draws) -> Enrolment:
         """Puts a request into the experiments that it belongs to; `draws` says whether its model takes a request."""
-        return enrol(request, visit, self._settings, default_model, draws, self._is_off)
+        return enrol(request, visit, self._settings, draws, self._is_off)
 
     async def watched(
         self, wanted: EffectiveRequest, began: float, events: AsyncGenerator[StreamEvent, None]

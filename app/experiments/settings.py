@@ -135,16 +135,24 @@ class ExperimentSettings(Strict):
     def version(self) -> str:
         """Changes with whatever decides who draws what: units that were assigned by other rules are not compared.
 
-        Not with the share, nor with who is let in: whoever was in before keeps the arm.
+        Not with the share, nor with who is let in: whoever was in before keeps the arm. What shadows decide is decided
+        for all arms, so it is among the rules.
         """
         arms = {name: arm.model_dump(exclude_none=True) for name, arm in self.drawn.items()}
-        rules = [self.salt, self.unit, self.force, self.control, arms]
+        rules = [self.salt, self.unit, self.force, self.control, sorted(self.decides), arms]
         return hashlib.sha256(orjson.dumps(rules, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
 
-    def applied(self, request: GenerationRequest, arm: str, default_model: str) -> GenerationRequest:
-        """The request as an arm draws it. What is up to the arms and this one leaves open is decided by default."""
+    def completed(self, default_model: str) -> Self:
+        """The experiment with every arm's model said, where arms differ in it: another default one is another rule."""
+        if "model" not in self.decides:
+            return self
+        arms = {name: arm.model_copy(update={"model": arm.model or default_model}) for name, arm in self.arms.items()}
+        return self.model_copy(update={"arms": arms})
+
+    def applied(self, request: GenerationRequest, arm: str) -> GenerationRequest:
+        """The request as an arm of a completed experiment draws it. What is up to the arms and this one leaves open is
+        decided by default."""
         left_open = {name: getattr(GenerationRequest, name) for name in self.decides - {"model"}}
-        left_open |= {"model": default_model} if "model" in self.decides else {}
         return replace(request, **left_open | self.arms[arm].decided)
 
     def overlaps(self, other: "ExperimentSettings") -> bool:

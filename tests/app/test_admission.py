@@ -84,3 +84,14 @@ def test_a_place_is_left_where_its_request_fails():
     with pytest.raises(ZeroDivisionError), admission.place("sd15", "ada", 100.0, replicas=0):
         raise ZeroDivisionError
     assert admission.retry_after_s("sd15", 5.0) == 1.0
+
+
+def test_a_request_just_after_a_model_woke_does_not_begin_another_waking():
+    """The count of replicas may be a second old: the next time would seem to take no time at all."""
+    admission = Admission(max_wait_s=10.0)
+    with admission.place("sd15", "ada", 1.0, replicas=0) as place:
+        admission._waking["sd15"] -= 30.0
+        place.leave(1.0)
+    with admission.place("sd15", "ada", 1.0, replicas=0) as place:
+        place.leave(1.0)
+    assert admission._wake_s["sd15"] == pytest.approx(30.0, abs=1.0)

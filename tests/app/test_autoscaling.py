@@ -30,7 +30,7 @@ def context(
     """What Serve's controller tells of running replicas; None is one that has not reported yet."""
     ids = [ReplicaID(str(number), MODEL) for number in range(len(stats))]
     told = [(id, one) for id, one in zip(ids, stats, strict=True) if one is not None]
-    names = ("seconds_left", "pictures", "requests", "request_s", "busy")
+    names = ("seconds_left", "requests", "request_s", "busy")
     raw = {n: {id: series(n, s[n]) for id, s in told} for n in names}
     return AutoscalingContext(
         deployment_id=MODEL, deployment_name=MODEL.name, app_name=MODEL.app_name,
@@ -49,9 +49,11 @@ def series(name: str, value: float) -> list[TimeStampedValue]:
 
 
 def replica(
-    left: float = 0.0, busy: float = 0.0, request: float = 1.0, pictures: float = 99.0, requests: float = 0.0
+    left: float = 0.0, busy: float = 0.0, request: float = 1.0, requests: float | None = None
 ) -> dict[str, float]:
-    return {"seconds_left": left, "pictures": pictures, "requests": requests, "request_s": request, "busy": busy}
+    """One that has something to do has 10 requests, unless they are said."""
+    count = 10.0 * (left > 0) if requests is None else requests
+    return {"seconds_left": left, "requests": count, "request_s": request, "busy": busy}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,10 @@ def replica(
         pytest.param(context(replica()), 0, id="nothing to do"),
         pytest.param(context(replica(), requests=0.1), 1, id="a request a moment ago"),
         pytest.param(context(replica(left=0.5, busy=0.1), requests=1), 1, id="one request"),
-        pytest.param(context(replica(left=99.0, busy=1.0, pictures=1), requests=1), 1, id="one long request"),
-        pytest.param(context(replica(left=99.0, busy=1.0, pictures=1), requests=3, queued=2), 3, id="and two more"),
+        pytest.param(
+            context(replica(left=99.0, busy=1.0, requests=1), requests=1), 1, id="one long request, of many pictures"
+        ),
+        pytest.param(context(replica(left=99.0, busy=1.0, requests=1), requests=3, queued=2), 3, id="and two more"),
         pytest.param(context(replica(left=100.0, busy=1.0), requests=50), 10, id="a burst"),
         pytest.param(context(replica(left=20.0, busy=1.0), requests=50, queued=40), 6, id="what waits at handles too"),
         pytest.param(
@@ -95,7 +99,7 @@ def test_the_freshest_report_counts_and_not_the_windows_mean():
 
 
 def test_more_patience_wants_fewer_replicas():
-    burst = context(replica(left=100.0, busy=1.0), requests=50)
+    burst = context(replica(left=100.0, busy=1.0, requests=50), requests=50)
     assert [WorkPolicy(drain_s=seconds)(burst)[0] for seconds in (5, 10, 20, 1000)] == [20, 10, 5, 2]
 
 
@@ -123,7 +127,7 @@ def test_a_replica_tells_what_is_left_and_what_a_mean_request_takes():
     vitals = Vitals()
     assert set(vitals.autoscaling(load(), 0.5).values()) == {0.0}
     vitals.note(Hint(work=8.0))
-    told = {"seconds_left": 3.0, "pictures": 3.0, "requests": 2.0, "request_s": 4.0, "busy": 1.0}
+    told = {"seconds_left": 3.0, "requests": 2.0, "request_s": 4.0, "busy": 1.0}
     with vitals.under_way(), vitals.under_way():
         assert vitals.autoscaling(load(6.0, waiting=2, running=1), 0.5) == told
     assert vitals.autoscaling(load(), 0.5)["requests"] == 0.0

@@ -255,9 +255,17 @@ async def test_a_model_that_does_not_run_is_said_at_once(routed, state: str):
     ],
 )
 def test_a_models_state_is_read_from_serves(status: str, replicas: dict[str, int], state: str):
-    model, front = SimpleNamespace(replica_states=replicas), SimpleNamespace(replica_states={"RUNNING": 1})
+    of_model = "UNHEALTHY" if status == "UNHEALTHY" else "HEALTHY"
+    model = SimpleNamespace(status=of_model, replica_states=replicas)
+    front = SimpleNamespace(status="HEALTHY", replica_states={"RUNNING": 1})
     assert _state(SimpleNamespace(status=status, deployments={"Model": model})) == state
     assert _state(SimpleNamespace(status=status, deployments={"Front": front, "Model": model})) == state
+
+
+def test_a_front_that_is_being_replaced_does_not_make_a_sleeping_model_a_failed_one():
+    front = SimpleNamespace(status="UNHEALTHY", replica_states={"STARTING": 1})
+    model = SimpleNamespace(status="HEALTHY", replica_states={})
+    assert _state(SimpleNamespace(status="UNHEALTHY", deployments={"Front": front, "Model": model})) == "cold"
 
 
 @pytest.mark.parametrize("state", ["missing", "failed"])

@@ -45,6 +45,13 @@ def test_a_hint_tells_of_a_request_what_a_replica_can_be_warm_for():
     assert Hint.of(request) == Hint(work=work(request), loras=("ink", "moon"), size="256x128")
 
 
+@pytest.mark.parametrize(("priority", "urgent"), [("interactive", True), ("batch", False)])
+def test_batch_work_is_not_urgent_whenever_it_is_due(priority: str, urgent: bool):
+    options: dict[str, Any] = {"deadline_s": 60.0, "priority": priority}
+    request = GenerationRequest(model="sd15", prompt="x", **options).resolve(CARDS["sd15"])
+    assert Hint.of(request).urgent == urgent
+
+
 def test_the_least_loaded_is_first_and_work_counts_not_requests():
     many_small = heard(report(), *(sent(Hint(work=1.0, size="128x128"), id=str(i)) for i in range(5)))
     one_large = heard(report(), sent(Hint(work=50.0, size="128x128")))
@@ -191,6 +198,12 @@ async def test_what_a_replica_cannot_soon_do_waits_for_one_that_comes_later():
     assert await settled(*calls) == ["r1", "r1", "r2", "r2", None]
     ours.on_request_completed(ReplicaID("r1", MODEL), "0")
     assert await settled(*calls) == ["r1", "r1", "r2", "r2", "r1"]
+
+
+async def test_a_replica_with_room_is_sent_what_another_one_is_warm_for():
+    ours = router(replica("full", work_left=10.0, loras=["moon"]), replica("empty"), hold_s=10.0)
+    lora = Hint(work=11.0, size="128x128", loras=("moon",), party=ANN)
+    assert await settled(call(ours, lora)) == ["empty"]
 
 
 async def test_a_flood_that_waits_does_not_hold_others_up():

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -21,11 +23,11 @@ from typer.testing import CliRunner
 
 from app import deployment
 from app.replica import start_engine
-from app.settings import FetchSettings
+from app.settings import FetchSettings, ModelSettings
 from bench.serving import PROJECT
-from cluster.actor import Work
+from cluster.actor import Actor, Work
 from cluster.batch import CALLS, STILL_S, Batch, Pool, Stopped, batch
-from cluster.beginnings import ALONE, BEGUN, TOGETHER
+from cluster.beginnings import ALONE, BEGUN, TOGETHER, Beginnings
 from cluster.drawing import Drawer
 from cluster.inputs import Pictures
 from cluster.manifest import SCHEMA, Manifest
@@ -33,7 +35,7 @@ from cluster.place import Place
 from cluster.progress import Telling
 from cluster.table import Row, rows
 from models.errors import GenerationFailed, InvalidRequest
-from models.events import Event, Failed
+from models.events import Event, Failed, Finished
 from models.images import Picture, encode
 from models.request import EffectiveRequest, GenerationRequest
 from tests.acceptance.conftest import ENVIRONMENT
@@ -266,6 +268,57 @@ def test_a_row_that_ends_its_process_each_time_ends_only_itself(engine: Any, tmp
     ]  # the first was drawn alone before, and stands in its part
     assert Manifest(place).recorded() == {0, 1, 2}
     assert place.names(BEGUN) == []
+
+
+def test_blocks_of_one_process_are_not_blamed_for_each_others_rows(engine: Any, tmp_path: Path):
+    """Two blocks in two threads; the process ends with a row of the first, and takes the second one's beginning too."""
+    place = Place(str(tmp_path / "output"))
+    rows = read(tmp_path, [SMALL | {"id": id, "prompt": prompt} for id, prompt in enumerate(("hemlock", "a", "b"))])
+    blocks = [rows[:1], rows[1:]]
+    for _ in range(TOGETHER):
+        for block in blocks:
+            Beginnings(place).together(block[0].number)
+    together, most = [0], [0]
+
+    class Watched(Mortal):
+        """One that notes how many rows it has at a time."""
+
+        def submit(self, request: EffectiveRequest, on_event: Callable[[Event], None], *, progress: bool) -> None:
+            def told(event: Event) -> None:
+                together[0] -= isinstance(event, Finished | Failed)
+                on_event(event)
+
+            together[0] += request.prompt != "hemlock"
+            most[0] = max(most[0], together[0])
+            super().submit(request, told, progress=progress)
+
+    for _ in range(ALONE + 1):  # each time a new process
+        drawer = Drawer(Watched(engine), Pictures(tmp_path, FetchSettings()), place)
+        with ThreadPoolExecutor(2) as threads:
+            ends = [threads.submit(drawer.draw, block) for block in blocks]
+        assert ends[1].exception() is None
+    assert most == [1]
+    assert [record["error"] and json.loads(record["error"])["code"] for record in ends[0].result()] == ["poisoned"]
+    assert Manifest(place).recorded() == {0, 1, 2}
+    assert len(place.names("images")) == 2
+
+
+def test_an_actor_takes_on_more_than_a_server_would_let_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of slow models the rows of a few blocks are more than `max_wait_s` allows, and there is nobody to ask again."""
+    model = ModelSettings(name="sd15", source=str(PROJECT / "models/embedded/sd15"), max_rows=8, max_wait_s=0.01)
+    work = Work(model=model, folder=tmp_path, fetch=FetchSettings(), output=str(tmp_path / "output"))
+    rows = read(tmp_path, [SMALL | {"steps": 3}] * 6)
+    told = Actor(work)(pa.Table.from_pylist([row.columns() for row in rows]))
+    assert told.to_pydict() == {"rows": [6], "pictures": [6], "errors": [0]}
+
+
+def test_a_row_that_fails_leaves_none_of_an_earlier_runs_pictures(engine: Any, tmp_path: Path):
+    place = Place(str(tmp_path / "output"))
+    row = SMALL | {"id": "a", "samples": 2}
+    place.put("images/a-0.png", b"of a run that was killed", "image/png")
+    records = drawn(Faulty(engine, *[GenerationFailed("nan_latents")] * 2), place, tmp_path, [row])
+    assert [record["error"] is not None for record in records] == [True]
+    assert place.names("images") == []
 
 
 def test_a_pool_that_is_none_is_refused():

@@ -136,6 +136,16 @@ def test_a_model_is_fetched_without_what_could_run_and_locked(
     assert not repository.asked, "what is there was fetched again"
 
 
+def test_a_model_that_was_fetched_and_not_written_down_is_locked_the_next_time(
+    endpoint: str, tmp_path: Path, lock_file: Path
+):
+    fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    before = lock_file.read_text()
+    lock_file.unlink()
+    fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    assert lock_file.read_text() == before
+
+
 def test_a_model_that_is_not_locked_is_refused(endpoint: str, repository: Repository, tmp_path: Path, lock_file: Path):
     with pytest.raises(InvalidRequest, match="--lock"):
         fetch(endpoint, tmp_path / "models", lock_file)

@@ -1,5 +1,6 @@
 """An engine between keys: a flood does not hold up its neighbour, who draws the same picture as alone."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -63,17 +64,34 @@ def test_of_the_same_key_it_would_have_waited():
 class Picture:
     """One that waits to be decoded."""
 
-    shape = (4, 16, 16)
-
-    def __init__(self, key: str):
-        self.key = key
+    def __init__(self, key: str, denoised: float = 0.0, side: int = 16, batch: bool = False):
+        self.key, self.denoised, self.shape = key, denoised, (4, side, side)
+        self.urgency = batch, 0.0
 
 
 def test_keys_take_turns_at_the_decoder():
     delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
-    waiting: list[Any] = [Picture(key) for key in "aaaaaabbc"]
+    waiting: list[Any] = [Picture(key, denoised=n) for n, key in enumerate("aaaaaabbc")]
     delivery.queue = waiting
     assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abc", "ab", "aaaa"]
+    delivery.close()
+
+
+def test_keys_take_turns_at_the_decoder_also_where_sizes_differ():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    now = time.monotonic()
+    waiting: list[Any] = [*(Picture("a", now - 9 + n / 100) for n in range(12)), Picture("b", now - 1, side=24)]
+    delivery.queue = waiting
+    assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["a", "b", "aaaa"]
+    delivery.close()
+
+
+def test_batch_work_is_decoded_after_interactive_work():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    batch, own = Picture("b", 1.0, batch=True), [Picture("a", 2.0), Picture("a", 3.0)]
+    waiting: list[Any] = [batch, *own]
+    delivery.queue = waiting
+    assert [delivery.take(), delivery.take()] == [own, [batch]]
     delivery.close()
 
 

@@ -193,13 +193,22 @@ def test_what_is_saved_up_is_bounded():
     assert len(after) > 60
 
 
-def test_interactive_work_leads_before_batch_work_of_any_key():
-    own = flood("a", 20)
-    device = drawn(PROCESSOR, [*own, *flood("b", 50, batch=True)])
+@pytest.mark.parametrize("others", [("a",), ("b",), ("b", "c", "d", "e")])
+@pytest.mark.parametrize("pictures", [1, 20])
+def test_interactive_work_hardly_notices_batch_work_of_any_key(others: tuple[str, ...], pictures: int):
+    own = flood("a", pictures)
+    device = drawn(PROCESSOR, [*own, *(one for key in others for one in flood(key, 50, batch=True))])
     busy = [batch for batch in device.batches if any(not picture.batch for picture in batch)]
     assert all(not batch[0].batch for batch in busy)
     last = max(picture.finished for picture in own)
-    assert last < 1.5 * drawn(PROCESSOR, flood("a", 20)).now
+    assert last < 1.15 * drawn(PROCESSOR, flood("a", pictures)).now
+
+
+def test_batch_work_has_the_room_that_costs_nothing():
+    batcher = Batcher(pace(dict.fromkeys(ROW_COUNTS, 0.03)))
+    batcher.set_cap(SMALL, CAP)
+    waiting = [Picture("a"), *flood("a", 20, batch=True)]
+    assert sum(picture.rows for picture in batcher.next(waiting)) == CAP
 
 
 def test_a_newcomer_of_its_own_is_in_the_next_forward():
@@ -230,8 +239,9 @@ def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
             Picture("a", at=rng.random(), rows=rng.choice((1, 2, 2, 5, 30)), shape=rng.choice((SMALL, SMALL, LARGE)))
             for _ in range(rng.randint(1, 40))
         ]
+        batch = rng.random() < 0.3
         for picture in waiting:
-            picture.batch = rng.random() < 0.3
+            picture.batch = batch
         lead = min(waiting, key=lambda picture: picture.urgency)
         assert batcher.next(waiting) == reference(waiting, batcher.cap(lead.shape))
 

@@ -80,7 +80,8 @@ class House:
 
     def offer(self, **experiments: Any) -> None:
         values = {"models": MODELS, "default_model": "sd15", "experiments": experiments}
-        self.experiments.offer(CatalogueSettings.model_validate(values).experiments)
+        catalogue = CatalogueSettings.model_validate(values)
+        self.experiments.offer(catalogue.experiments, catalogue.default_model)
 
     async def client(self, *scopes: str, limits: Limits | None = None) -> httpx2.AsyncClient:
         _, key = await self.keys.create("a", scopes or ("generate",), limits or Limits())
@@ -200,6 +201,16 @@ async def test_a_request_that_one_arm_could_not_draw_is_in_none(house: House, cl
     house.offer(wide={"unit": "user", "arms": {"control": {}, "wide": {"hires": {"scale": 4.0}}}})
     assert len(arms(await draw(client, "ada"))) == 1
     assert arms(await draw(client, "ada", width=512, height=512)) == []  # 2048x2048 is beyond what the model allows
+
+
+@pytest.mark.parametrize("named", [{"prompt": "x <lora:moon:0.8>"}, {"adapters": [{"name": "moon"}]}])
+async def test_what_fits_one_model_is_in_no_experiment_between_models(
+    house: House, client: httpx2.AsyncClient, named: dict[str, Any]
+):
+    house.offer(bigger=BIGGER)
+    assert arms(await draw(client, "ada", **named)) == []
+    house.offer(fewer=FEWER)
+    assert len(arms(await draw(client, "ada", **named))) == 1
 
 
 async def test_every_form_of_answer_tells_the_arm(house: House, client: httpx2.AsyncClient):
@@ -420,7 +431,7 @@ async def test_a_database_that_is_away_costs_no_picture(house: House, client: ht
             raise Unavailable(1.0, "the database does not answer")
 
     house.service.experiments = Experiments(Away(house.database))
-    house.service.experiments.offer(house.experiments._settings)
+    house.service.experiments.offer(house.experiments._settings, "sd15")
     answer = await draw(client, "ada")
     assert "the exposure is not counted yet: the database does not answer" in answer.json()["warnings"]
     assert len(base64.b64decode(answer.json()["images"][0]["base64"])) > 50

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.experiments.settings import ExperimentSettings
+from app.experiments.settings import ArmSettings, ExperimentSettings
 from app.settings import CatalogueSettings
 from models.parts import AdapterUse, Hires
 from models.request import GenerationRequest
@@ -34,7 +34,7 @@ def test_every_parameter_of_an_arm_can_be_said():
         "hires": {"scale": 1.5}, "adapters": [{"name": "crescent", "weight": 0.5}],
     }  # fmt: skip
     experiment = catalogue(a={"arms": {"control": {}, "b": said}}).experiments["a"]
-    request = experiment.applied(GenerationRequest(model="sd15", prompt="x", seed=7), "b", "sd15")
+    request = experiment.applied(GenerationRequest(model="sd15", prompt="x", seed=7), "b")
     parts = {"hires": Hires(scale=1.5), "adapters": (AdapterUse(name="crescent", weight=0.5),)}
     assert request == GenerationRequest(prompt="x", seed=7, **said | parts)
     assert experiment.decides == set(said)
@@ -43,7 +43,18 @@ def test_every_parameter_of_an_arm_can_be_said():
 def test_what_an_arm_leaves_open_is_decided_by_default():
     experiment = ExperimentSettings.model_validate({"force": True, "arms": {"control": {}, "b": {"model": "sdxl"}}})
     asked = GenerationRequest(model="sdxl", prompt="x", steps=9)
-    assert experiment.applied(asked, "control", "sd15") == GenerationRequest(model="sd15", prompt="x", steps=9)
+    drawn = experiment.completed("sd15").applied(asked, "control")
+    assert drawn == GenerationRequest(model="sd15", prompt="x", steps=9)
+
+
+def test_another_default_model_and_what_a_shadow_decides_make_another_version():
+    models = ExperimentSettings.model_validate({"arms": {"control": {}, "b": {"model": "sdxl"}}})
+    assert models.completed("sd15").version == models.completed("sd15").completed("sd21").version
+    assert models.completed("sd15").version != models.completed("sd21").version
+    steps = ExperimentSettings.model_validate({"arms": {"control": {}, "b": {"sampler": "euler"}}})
+    assert steps.completed("sd15").version == steps.completed("sd21").version
+    shadowed = steps.model_copy(update={"arms": steps.arms | {"s": ArmSettings(steps=10, shadow=True)}})
+    assert shadowed.version != steps.version
 
 
 def test_who_states_one_of_a_pair_has_stated_both():
