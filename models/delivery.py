@@ -44,10 +44,11 @@ class Delivery:
         """
         if not self.queue:
             return []
-        queue = sorted(self.queue, key=self._turn)
-        first = queue[0]
+        first, *others = sorted(self.queue, key=self._turn)
+        is_batch, _ = flow_of(first)
+        queue = [first, *(sequence for sequence in others if flow_of(sequence)[0] == is_batch)]
         flows = {flow_of(sequence) for sequence in (*self.queue, *stepping)}
-        if len([batch for batch, _ in flows if batch <= flow_of(first)[0]]) > 1:
+        if len([batch for batch, _ in flows if batch <= is_batch]) > 1:
             queue = list({flow_of(sequence): sequence for sequence in reversed(queue)}.values())[::-1]
         pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
         room = max(1, self._pixels // pixels)
