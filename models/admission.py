@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from models.errors import DeadlineTooShort, Overloaded
 from models.pace import Pace
@@ -18,14 +18,14 @@ _LEAST_RETRY_S = 1.0
 
 
 class Part(Protocol):
-    """A picture of a request on its way; it has begun where it has a history."""
+    """A picture of a request on its way, and whether it has begun."""
 
     @property
     def work(self) -> float: ...
     @property
     def breadth(self) -> float: ...
     @property
-    def history(self) -> Any: ...
+    def begun(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Claim:
             self,
             work=sum(part.work for part in parts),
             breadth=sum(part.breadth for part in parts),
-            waiting=sum(part.history is None for part in parts),
+            waiting=sum(not part.begun for part in parts),
         )
 
 

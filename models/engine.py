@@ -34,7 +34,6 @@ from models.weights import out_of_memory
 
 OnEvent = Callable[[Event], None]
 
-_JOINING = 8  # newcomers whose prompts are encoded before one step
 _PREVIEW_SIDE = 256  # pixels that a preview has at most
 _FAULTS = 3  # unexpected failures in a row that make an engine unhealthy
 _STALL_S = 120.0  # busy without a step for so long means stuck
@@ -157,7 +156,7 @@ class Engine:
             held = self._held()
             return Load(
                 waiting=sum(claim.waiting for claim in held),
-                running=sum(s.history is not None for s in self._live) + len(self._delivery.queue),
+                running=sum(sequence.begun for sequence in self._live) + len(self._delivery.queue),
                 rows=sum(sequence.rows for sequence in self._live),
                 forwards=self._forwards,
                 work_left=sum(claim.work for claim in held),
@@ -207,10 +206,11 @@ class Engine:
         started = time.monotonic()
         self._drop()
         self._stepped = []
-        batch = self._next_batch()
-        newcomers = [sequence for sequence in batch if sequence.history is None]
+        with self._lock:
+            batch = self.batcher.next(self._live)
+        newcomers = [sequence for sequence in batch if not sequence.begun]
         self._attempt(self._preparation.join, newcomers)
-        joined = [sequence for sequence in batch if sequence.history is not None]
+        joined = [sequence for sequence in batch if sequence.begun]
         self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
         for sequence, rows in self._stepped:  # each alone: who fails here has taken the step all the same
             self._attempt(partial(self._tell_progress, rows), [sequence])
@@ -240,14 +240,6 @@ class Engine:
         with self._lock:
             self._live = [sequence for sequence in self._live if sequence.ticket in self._tickets]
             self._delivery.queue = [s for s in self._delivery.queue if s.ticket in self._tickets]
-
-    def _next_batch(self) -> list[Sequence]:
-        """The batcher's choice, with no more newcomers than can be encoded without holding up the others."""
-        with self._lock:
-            batch = self.batcher.next(self._live)
-        newcomers = [sequence for sequence in batch if sequence.history is None]
-        late = {id(sequence) for sequence in newcomers[_JOINING:]}
-        return [sequence for sequence in batch if id(sequence) not in late]
 
     def _attempt(self, work: Callable[[list[Sequence]], None], sequences: list[Sequence]) -> None:
         """Works on sequences together; where that fails, on either half, until what fails fails alone."""

@@ -68,7 +68,7 @@ class Preparation:
         started = time.monotonic()
         encoded = self._conditioner.encode([sequence.script for sequence in sequences])
         for sequence, told in zip(sequences, encoded, strict=True):
-            if sequence.history is None:
+            if not sequence.begun:
                 sequence.conditioning, sequence.reports = told.rows, told.reports
                 sequence.warnings = [*told.warnings, *_unheard(sequence)]
                 self._begin(sequence)

@@ -119,6 +119,11 @@ class Sequence:
         return self.step >= self.stop and self.estimate is not None
 
     @property
+    def begun(self) -> bool:
+        """Whether it has its first latents."""
+        return self.history is not None
+
+    @property
     def denoising(self) -> bool:
         """Whether the present phase goes on."""
         return self.position < len(self.tape) and not self.stopped
@@ -131,8 +136,8 @@ class Sequence:
     @property
     def work(self) -> float:
         """What is still to come, in row positions (models.work)."""
-        begun = -1 if self.history is None else self.phase
-        return left(self.stages, begun, self.position, max(self.stop, self.step))
+        phase = self.phase if self.begun else -1
+        return left(self.stages, phase, self.position, max(self.stop, self.step))
 
     @property
     def breadth(self) -> float:

@@ -31,12 +31,13 @@ LIGHT = 10  # of these: who has saved more than that is light; a broad forward o
 KNOWN = 1000  # flows that are remembered; of the others it is not known what they had
 # The rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding.
 SHARE = 0.7
+JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for which the others wait
 FREE = 1.1  # times what its own rows take, at which a light key has company all the same
 
 
 class Candidate(Protocol):
     """The latents' shape, the rows it would take and the row positions these cost (models.work), its urgency (smaller
-    is first), and whose it is."""
+    is first), whose it is, and whether it has been in a forward before."""
 
     @property
     def shape(self) -> Shape: ...
@@ -48,6 +49,8 @@ class Candidate(Protocol):
     def urgency(self) -> tuple[bool, float]: ...
     @property
     def key(self) -> str: ...
+    @property
+    def begun(self) -> bool: ...
 
 
 C = TypeVar("C", bound=Candidate)
@@ -128,7 +131,7 @@ class Turns:
             if batch.takes(candidate):
                 batch.add(candidate)
                 had += price * candidate.breadth
-            elif order[n] != batch.flow:
+            elif order[n] != batch.flow and not batch.is_late(candidate):
                 alike[n].clear()  # what it has besides is less urgent, and could hardly fit
             if alike[n]:
                 heapreplace(turns, (priority, had, n))
@@ -162,22 +165,27 @@ class _Batch(Generic[C]):
     def __init__(self, leader: C, cap: int, slower: float, pace: Pace):
         self.leader, self.flow = leader, flow_of(leader)
         self.members: list[C] = []
-        self.room = max(cap, leader.rows)
+        self.room, self._joining = max(cap, leader.rows), JOINING
         self._slower, self._pace = slower, pace
         self._breadth = self._own = 0.0  # of all, and of the leader's flow
 
     def takes(self, candidate: C) -> bool:
-        """Whether it fits under the cap, and does not slow the leader down too far."""
-        if candidate.rows > self.room:
+        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far."""
+        if candidate.rows > self.room or self.is_late(candidate):
             return False
         if flow_of(candidate) == self.flow:
             return True
         longest = self._slower * self._pace.forward_s(self._own)
         return self._pace.forward_s(self._breadth + candidate.breadth) <= longest
 
+    def is_late(self, candidate: C) -> bool:
+        """Whether it is one newcomer too many."""
+        return not (candidate.begun or self._joining)
+
     def add(self, candidate: C) -> None:
         self.members.append(candidate)
         self.room -= candidate.rows
+        self._joining -= not candidate.begun
         self._breadth += candidate.breadth
         self._own += candidate.breadth * (flow_of(candidate) == self.flow)
 

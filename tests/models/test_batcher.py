@@ -14,6 +14,7 @@ class Candidate:
     rows: int
     urgency: tuple[bool, float]
     key: str = ""
+    begun: bool = True
 
     @property
     def breadth(self) -> float:

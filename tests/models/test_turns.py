@@ -9,6 +9,7 @@ import pytest
 
 from models.batcher import Batcher
 from models.pace import Pace
+from models.turns import JOINING
 
 SMALL, LARGE = (4, 16, 16), (4, 24, 24)
 ROW_COUNTS = (1, 2, 4, 8, 16, 24)
@@ -34,6 +35,7 @@ class Picture:
     rows: int = 2
     shape: tuple[int, int, int] = SMALL
     batch: bool = False
+    begun: bool = False
     finished: float = field(default=0.0, init=False)
 
     @property
@@ -78,7 +80,7 @@ class Device:
             self.now += took
             self.batches.append(batch)
             for picture in batch:
-                picture.steps -= 1
+                picture.steps, picture.begun = picture.steps - 1, True
                 self.given[picture.key] += took * picture.breadth / breadth
                 if not picture.steps:
                     picture.finished = self.now
@@ -207,8 +209,17 @@ def test_interactive_work_hardly_notices_batch_work_of_any_key(others: tuple[str
 def test_batch_work_has_the_room_that_costs_nothing():
     batcher = Batcher(pace(dict.fromkeys(ROW_COUNTS, 0.03)))
     batcher.set_cap(SMALL, CAP)
-    waiting = [Picture("a"), *flood("a", 20, batch=True)]
+    waiting = [Picture("a"), *flood("a", 20, batch=True, begun=True)]
     assert sum(picture.rows for picture in batcher.next(waiting)) == CAP
+
+
+def test_newcomers_that_are_too_many_for_one_forward_take_nobodys_place():
+    batcher = Batcher(pace(dict.fromkeys(ROW_COUNTS, 0.03)))
+    batcher.set_cap(SMALL, CAP)
+    begun = [Picture(key, at=5.0, begun=True) for key in "aaaaaabb"]
+    batch = batcher.next([*flood("a", 20), *begun])
+    assert [picture.begun for picture in batch].count(False) == JOINING
+    assert [sum(picture.key == key for picture in batch) for key in "ab"] == [10, 2]
 
 
 def test_a_newcomer_of_its_own_is_in_the_next_forward():
@@ -241,7 +252,7 @@ def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
         ]
         batch = rng.random() < 0.3
         for picture in waiting:
-            picture.batch = batch
+            picture.batch, picture.begun = batch, True
         lead = min(waiting, key=lambda picture: picture.urgency)
         assert batcher.next(waiting) == reference(waiting, batcher.cap(lead.shape))
 
@@ -249,7 +260,7 @@ def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
 def test_where_neighbours_cost_nothing_everybody_joins():
     batcher = Batcher(pace(dict.fromkeys(ROW_COUNTS, 0.03)))
     batcher.set_cap(SMALL, CAP)
-    waiting = [Picture("b", at=5.0), *flood("a", 20)]
+    waiting = [Picture("b", at=5.0), *flood("a", 20, begun=True)]
     assert sum(picture.rows for picture in batcher.next(waiting)) == CAP
 
 
