@@ -28,14 +28,12 @@ from bench.quantile import quantile
 from bench.replicas import Count, count, replica_seconds, watch
 from bench.report import Sheet
 from bench.serving import PROJECT, Serving, end_on_sigterm
-from bench.simulation import simulated
+from bench.simulation import MAX_ROWS, PACE, SECONDS, SIMULATION, simulated
 from bench.trace import LONG, SHORT, Answer, Arrival, Shape, replay, trace
 from bench.workloads import MODEL
 
 APPLICATION = f"model-{MODEL}"
 # A forward takes 20 ms and 10 ms for each row; 16 rows, which are 8 pictures with guidance, are one replica's batch.
-SECONDS = {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02}
-MAX_ROWS = 16
 MOST = 6  # replicas
 DELAYS = {
     "metrics_interval_s": 1,
@@ -111,7 +109,7 @@ async def measure(contender: Contender, arrivals: Sequence[Arrival], done: Calla
     """Serves the trace from a model that sleeps, and waits until it sleeps again."""
     counts: list[Count] = []
     with tempfile.TemporaryDirectory(prefix="heliograph-elastic-") as name:
-        folder, program = Path(name), ("-m", "bench.simulation", "--environment", "RAY_AUTH_MODE=disabled")
+        folder, program = Path(name), (*SIMULATION, "--environment", "RAY_AUTH_MODE=disabled")
         async with (
             Serving(folder, lambda _: configuration(folder, contender), program=program) as serving,
             httpx2.AsyncClient(base_url=await serving.dashboard(), timeout=10) as dashboard,
@@ -247,8 +245,7 @@ def _facts(arrivals: Sequence[Arrival], shape: Shape, drain: str, hold: str, tar
     return [
         f"{len(arrivals)} requests, half of {SHORT} and half of {LONG} steps, at most {shape.peak:g} a second; 0 to "
         f"{MOST} replicas, {delays}. By work: WorkPolicy with {drain}, WorkRouter with {hold}. By requests: Serve's "
-        f"default policy with target_ongoing_requests {target:g}, Serve's default router. A replica's forward takes "
-        f"{SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows.",
+        f"default policy with target_ongoing_requests {target:g}, Serve's default router. In a replica {PACE}.",
         "All requests are one caller's. Wait: all of a request's time that was not work on it. First: the first "
         "request's, which wakes the model. Replica-seconds count replicas that load or stop, too.",
         f"Machine: {machine}.",

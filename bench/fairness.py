@@ -19,7 +19,8 @@ from rich.console import Console
 from bench import readme
 from bench.quantile import quantile
 from bench.report import NOTHING, Sheet
-from bench.serving import PROJECT, Serving, end_on_sigterm
+from bench.serving import HELIOGRAPH, PROJECT, Serving, end_on_sigterm
+from bench.simulation import MAX_ROWS, PACE, SECONDS, SIMULATION, simulated
 
 LIGHT, FLOOD = "light", "flood"  # the two keys' names
 WARM_UP = 3  # requests that are not counted
@@ -137,19 +138,30 @@ def sheet_of(parts: Sequence[Part], requests: int) -> Sheet:
     return Sheet(title=f"One request a second beside {requests} at once, two keys, seconds", columns=columns, rows=rows)
 
 
-async def _run(folder: Path, threads: int, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
+def configured(folder: Path, threads: int, simulation: bool) -> dict[str, Any]:
+    """The repository's configuration with keys and the benchmarked model alone, its data in the folder."""
+    from bench.server import one_model  # which needs torch
+    from bench.workloads import MODEL
+
+    shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
+    config = one_model(shipped, {"threads": 1, "max_rows": MAX_ROWS} if simulation else {"threads": threads})
+    _gateway(config)["auth"] = "keys"
+    return simulated(config, {MODEL: SECONDS}) if simulation else config
+
+
+def _gateway(config: dict[str, Any]) -> dict[str, Any]:
+    return next(one for one in config["applications"] if one["name"] == "gateway")["args"]
+
+
+async def _run(serving: Serving, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
     from app.database import Database
     from app.keys import registry
     from app.keys.caller import Limits
-    from bench.server import one_model  # which needs torch
 
-    shipped = yaml.safe_load((PROJECT / "serve_config.yaml").read_text().replace("data/", f"{folder}/data/"))
-    config = one_model(shipped, {"threads": threads})
-    arguments = next(one for one in config["applications"] if one["name"] == "gateway")["args"]
-    arguments |= {"auth": "keys"}
+    arguments = _gateway(serving.config)
     say("starting the server")
     end_on_sigterm()
-    async with Serving(folder, lambda _: config) as serving:
+    async with serving:
         database = Database(arguments["database"])
         keys = registry.opened(database, arguments["secret_file"])
         made = {name: (await keys.create(name, ("generate",), Limits()))[1] for name in (LIGHT, FLOOD)}
@@ -166,6 +178,7 @@ def main(
     seconds: Annotated[int, typer.Option(help="For which the light key is measured alone.", min=5)] = 40,
     requests: Annotated[int, typer.Option(help="Of the flood.", min=10)] = 100,
     threads: Annotated[int, typer.Option(help="torch threads.")] = os.cpu_count() or 1,
+    simulation: Annotated[bool, typer.Option("--simulated", help="With networks that only take time.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for fairness.json.")] = Path("out/bench"),
     publish: Annotated[bool, typer.Option("--publish", help="Also put the table into bench/README.md.")] = False,
 ) -> None:
@@ -173,17 +186,20 @@ def main(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from bench.machine import Machine
 
-    console, machine = Console(), Machine.here(threads)
+    console, machine = Console(), Machine.here(1 if simulation else threads)
 
     def say(what: str) -> None:
         console.print(what, highlight=False)
 
     with tempfile.TemporaryDirectory(prefix="heliograph-bench-") as folder:
-        parts = asyncio.run(_run(Path(folder), threads, seconds, requests, say))
+        config = configured(Path(folder), threads, simulation)
+        serving = Serving(Path(folder), lambda _: config, program=SIMULATION if simulation else HELIOGRAPH)
+        parts = asyncio.run(_run(serving, seconds, requests, say))
     sheet = sheet_of(parts, requests)
     facts = [
         f"Requests with guidance at {BODY['width']} px; the light key sends one of {STEPS[LIGHT]} steps every second, "
-        f"beside the flood, of {STEPS[FLOOD]} steps each, for as long as that lasts. Machine: {machine}.",
+        f"beside the flood, of {STEPS[FLOOD]} steps each, for as long as that lasts. {_device(simulation)} "
+        f"Machine: {machine}.",
         f"Command: `{' '.join(['python -m bench.fairness', *sys.argv[1:]])}`.",
     ]
     if machine.busy:
@@ -194,7 +210,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / "fairness.json").write_text(json.dumps([asdict(part) for part in parts]) + "\n")
     if publish:
-        readme.publish("fairness", "\n\n".join([sheet.markdown(), *facts]))
+        readme.publish("fairness-simulated" if simulation else "fairness", "\n\n".join([sheet.markdown(), *facts]))
+
+
+def _device(simulation: bool) -> str:
+    if not simulation:
+        return "The networks compute on the processor, which the server and the clients share."
+    return f"The networks only take time: {PACE}, the decoder {SECONDS['picture_s']:g} s for a picture."
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 
 from bench.replicas import Count, count
 from bench.serving import PROJECT, Serving, end_on_sigterm
-from bench.simulation import Times, simulated
+from bench.simulation import SIMULATION, Times, simulated
 
 READY_TIMEOUT_S = 300.0  # for a wave of replicas: each imports torch, and they share the machine's cores
 WAVE = 8  # replicas that start at a time; of more, those that run already would miss their health checks
@@ -38,7 +38,7 @@ class Fleet:
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heliograph-fleet-")))
             config = configuration(folder, self._times, self._settings)
-            serving = Serving(folder, lambda _: config, program=("-m", "bench.simulation", *options))
+            serving = Serving(folder, lambda _: config, program=(*SIMULATION, *options))
             self._serving = await stack.enter_async_context(serving)
             dashboard = httpx2.AsyncClient(base_url=await serving.dashboard(), timeout=30)
             self._dashboard = await stack.enter_async_context(dashboard)

@@ -14,6 +14,10 @@ from app.deployment import MODEL_IMPORT, Deployment
 from app.settings import ModelSettings, set_ray_environment
 
 SIMULATED_IMPORT = "bench.simulated:model"
+SECONDS = {"forward_s": 0.02, "row_s": 0.01, "picture_s": 0.02}
+MAX_ROWS = 16
+PACE = f"a forward takes {SECONDS['forward_s']:g} s and {SECONDS['row_s']:g} s for each of at most {MAX_ROWS} rows"
+SIMULATION = ("-m", "bench.simulation")  # arguments of Python, as bench.serving's are
 
 Args = dict[str, Any]
 Times = Mapping[str, float]  # forward_s, row_s, picture_s of bench.simulated.SimulatedSettings

@@ -2,10 +2,13 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 
-from bench.fairness import FLOOD, LIGHT, Answer, Part, sheet_of, trickle
+from app.deployment import MODEL_IMPORT, Deployment
+from bench.fairness import FLOOD, LIGHT, Answer, Part, configured, sheet_of, trickle
+from bench.simulation import SIMULATED_IMPORT, real
 
 
 def answers(latencies: list[float], status: int = 200) -> list[Answer]:
@@ -45,3 +48,14 @@ async def test_a_request_is_sent_every_second_whether_or_not_the_last_is_answere
     assert [round(at) for at in slow.sent] == [0, 1]
     assert [answer.sent_s for answer in told] == [0.0, 1.0]
     assert all(1.4 < answer.latency_s < 2.5 for answer in told)
+
+
+@pytest.mark.parametrize(("simulation", "runs"), [(False, MODEL_IMPORT), (True, SIMULATED_IMPORT)])
+def test_there_are_keys_and_one_model_whose_networks_compute_or_only_take_time(
+    tmp_path: Path, simulation: bool, runs: str
+):
+    config = configured(tmp_path, 2, simulation)
+    assert [one["import_path"] for one in config["applications"] if one["name"].startswith("model-")] == [runs]
+    deployment = Deployment.model_validate(real(config))
+    assert [(model.name, model.threads) for model in deployment.models] == [("sd15", 1 if simulation else 2)]
+    assert deployment.gateway.auth == "keys"
