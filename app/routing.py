@@ -103,7 +103,7 @@ class WorkRouter(RequestRouter):
 
     With `hold_s` no replica is sent more than so many seconds of work while it can wait here: an engine keeps what it
     has taken on, so that a replica that comes later could not help. Whoever has nothing at any replica is let through,
-    and so is what has a deadline, for engines to judge.
+    and so is an interactive request with a deadline, for engines to judge.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -144,8 +144,9 @@ class WorkRouter(RequestRouter):
         replicas = random.sample(candidate_replicas, len(candidate_replicas))  # so that equals take turns
         standings = [self._standings.get(replica.replica_id, Standing()) for replica in replicas]
         now = time.monotonic()
-        order = ends(standings, _hint(pending_request), now)
-        full = [not self._has_room(standing, now) for standing in standings]
+        hint = _hint(pending_request)
+        order = ends(standings, hint, now)
+        full = [not hint.urgent and not self._has_room(standing, now) for standing in standings]
         return [[replicas[i]] for i in sorted(range(len(replicas)), key=lambda i: (full[i], order[i]))]
 
     async def _choose_replica_for_request(

@@ -83,7 +83,6 @@ class Upscaler:
         """For app.autoscaling.WorkPolicy: what a model's replica tells too (app/vitals.py)."""
         return {
             "seconds_left": self._pictures * self._seconds,
-            "pictures": float(self._pictures),
             "requests": float(self._pictures),
             "request_s": self._seconds,
             "busy": float(self._pictures > 0),

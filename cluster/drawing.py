@@ -24,13 +24,15 @@ from cluster.shared_lock import SharedLock
 from cluster.table import Row
 from models.errors import GenerationFailed, HeliographError
 from models.events import Event, Failed, Finished
-from models.images import MEDIA_TYPES
+from models.images import MEDIA_TYPES, ImageFormat
+from models.limits import SAMPLES
 from models.request import EffectiveRequest, GenerationRequest
 
 if TYPE_CHECKING:
     from models.engine import Engine
 
 IMAGES = "images"
+_SAMPLES = range(int(SAMPLES.low), int(SAMPLES.high) + 1)
 BEGINNINGS = 2  # of a row whose failure may mend itself
 KEEPERS = 8  # pictures that are stored at a time
 LOOK_S = 5.0  # how often a silent engine is asked how it is
@@ -84,7 +86,7 @@ class Drawer:
     def _drawn_alone(self, row: Row) -> Sequence[Record]:
         """Nothing else is drawn in this process meanwhile, by other threads either: what ends it is this row."""
         with self._lock.alone():
-            records = self._drawn([row]) if self._beginnings.alone(row.number) else [_failed(row, _POISONED)]
+            records = self._drawn([row]) if self._beginnings.alone(row.number) else [self._given_up(row, _POISONED)]
             self._recorded([row], records)
             self._beginnings.over_alone(row.number)
         return records
@@ -105,7 +107,7 @@ class Drawer:
             try:
                 drawings[row.number] = self._begun(_Drawing(row=row, request=self._request(row)), heard)
             except HeliographError as error:
-                records.append(_failed(row, envelope(error)["error"]))
+                records.append(self._given_up(row, envelope(error)["error"]))
         while drawings:
             number, event = self._next(heard)
             if number in drawings and isinstance(event, Finished | Failed):
@@ -131,7 +133,9 @@ class Drawer:
                 return ()
             except HeliographError as refusal:
                 error = refusal
-        return [self._given_up(drawings.pop(number), error)]
+        del drawings[number]
+        wait(drawing.kept.values())
+        return [self._given_up(drawing.row, envelope(error)["error"])]
 
     def _request(self, row: Row) -> EffectiveRequest:
         """What to draw. Raises what is wrong with it."""
@@ -161,20 +165,21 @@ class Drawer:
             os._exit(1)
 
     def _keep(self, drawing: _Drawing, picture: Finished) -> Record:
-        path = _path(drawing, picture.index)
+        path = _path(drawing.row, picture.index, picture.format)
         self._place.put(path, picture.data, MEDIA_TYPES[picture.format])
         return _record(drawing, picture, path)
 
-    def _given_up(self, drawing: _Drawing, error: HeliographError) -> Record:
+    def _given_up(self, row: Row, error: Mapping[str, Any]) -> Record:
         """The record of a row that failed; pictures of it that came are removed, those of earlier runs too."""
-        wait(drawing.kept.values())
-        self._place.delete(*(_path(drawing, index) for index in range(drawing.request.samples)))
-        return _failed(drawing.row, envelope(error)["error"])
+        samples = row.body.get("samples")
+        indices = range(samples) if samples in _SAMPLES else range(1)
+        self._place.delete(*(_path(row, index, format) for index in indices for format in MEDIA_TYPES))
+        return _failed(row, error)
 
 
-def _path(drawing: _Drawing, index: int) -> str:
+def _path(row: Row, index: int, format: ImageFormat) -> str:
     """Where a picture of a row is kept."""
-    return f"{IMAGES}/{drawing.row.id}-{index}.{CONTENT_TYPES[MEDIA_TYPES[drawing.request.output_format]]}"
+    return f"{IMAGES}/{row.id}-{index}.{CONTENT_TYPES[MEDIA_TYPES[format]]}"
 
 
 def _tell(heard: Heard, number: int, event: Event) -> None:

@@ -47,12 +47,13 @@ class Fetcher:
         if not HUB_ID.fullmatch(model) or not COMMIT.fullmatch(commit):
             raise InvalidRequest("model", f"`{pinned}` must be ORG/NAME@COMMIT with a commit of 40 hexadecimal digits")
         folder = self._to / pinned
+        trusting = self._locking and not self._lock.has(pinned)
         if folder.is_dir():
-            if self._locking and not self._lock.has(pinned):  # ended before it was written down
-                files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-                self._lock.add(pinned, {path.as_posix(): _look_at(folder / path) for path in files})
+            if trusting:
+                advice = "keep the lock that it came with, or remove the folder to fetch it again"
+                raise InvalidRequest("lock", f"{folder} is there, and not in this lock: {advice}")
             return folder
-        locked = None if self._locking else self._lock.files(pinned)
+        locked = None if trusting else self._lock.files(pinned)
         files = self._hub.files(model, commit, wanted(COMPONENTS))
         _check_list(pinned, files, locked)
         draft = folder.with_name(f".{folder.name}.part")
@@ -60,10 +61,10 @@ class Fetcher:
         found = {file.path: _look_at(draft / file.path) for file in files}
         expected = locked or {f.path: LockedFile(bytes=f.bytes, sha256=f.sha256) for f in files if f.sha256}
         _check_content(pinned, draft, found, expected)
+        if locked is None:  # before there is a folder, which would be taken for one that is locked
+            self._lock.add(pinned, found)
         os.rename(draft, folder)
         _sync(folder.parent)
-        if locked is None:
-            self._lock.add(pinned, found)
         return folder
 
     def _download(self, model: str, commit: str, files: list[RemoteFile], draft: Path) -> None:

@@ -49,7 +49,10 @@ class Delivery:
         queue = [first, *(sequence for sequence in others if flow_of(sequence)[0] == is_batch)]
         flows = {flow_of(sequence) for sequence in (*self.queue, *stepping)}
         if len([batch for batch, _ in flows if batch <= is_batch]) > 1:
-            queue = list({flow_of(sequence): sequence for sequence in reversed(queue)}.values())[::-1]
+            firsts: dict[Flow, Sequence] = {}
+            for sequence in queue:
+                firsts.setdefault(flow_of(sequence), sequence)
+            queue = list(firsts.values())
         pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
         room = max(1, self._pixels // pixels)
         taken = [sequence for sequence in queue if sequence.shape == first.shape][:room]

@@ -32,7 +32,9 @@ KNOWN = 1000  # flows that are remembered; of the others it is not known what th
 # The rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding.
 SHARE = 0.7
 JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for which the others wait
-FREE = 1.1  # times what its own rows take, at which a light key has company all the same
+FREE = (
+    1.1  # times what its own rows take, at which a light key has company all the same, and interactive work batch work
+)
 
 
 class Candidate(Protocol):
@@ -167,16 +169,18 @@ class _Batch(Generic[C]):
         self.members: list[C] = []
         self.room, self._joining = max(cap, leader.rows), JOINING
         self._slower, self._pace = slower, pace
-        self._breadth = self._own = 0.0  # of all, and of the leader's flow
+        self._breadth = self._peers = self._own = 0.0  # of all, of those as urgent as the leader, of the leader's flow
 
     def takes(self, candidate: C) -> bool:
-        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far."""
+        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far; less urgent
+        work must hardly slow anybody down who is not."""
         if candidate.rows > self.room or self.is_late(candidate):
             return False
-        if flow_of(candidate) == self.flow:
+        flow = flow_of(candidate)
+        if flow == self.flow:
             return True
-        longest = self._slower * self._pace.forward_s(self._own)
-        return self._pace.forward_s(self._breadth + candidate.breadth) <= longest
+        slower, own = (self._slower, self._own) if flow[0] == self.flow[0] else (FREE, self._peers)
+        return self._pace.forward_s(self._breadth + candidate.breadth) <= slower * self._pace.forward_s(own)
 
     def is_late(self, candidate: C) -> bool:
         """Whether it is one newcomer too many."""
@@ -187,6 +191,7 @@ class _Batch(Generic[C]):
         self.room -= candidate.rows
         self._joining -= not candidate.begun
         self._breadth += candidate.breadth
+        self._peers += candidate.breadth * (flow_of(candidate)[0] == self.flow[0])
         self._own += candidate.breadth * (flow_of(candidate) == self.flow)
 
 

@@ -57,7 +57,7 @@ def enrol(
     """Puts a request into every experiment that it belongs to.
 
     One that any of the arms could not draw is in none of them: else the arms would not have the same kinds of requests.
-    Where arms differ in their model, neither is one that names what is made for a model: LoRAs and ControlNets.
+    Where the model is up to the arms, neither is one that names what is made for a model: LoRAs and ControlNets.
     """
     shadows: list[GenerationRequest] = []
     for name, experiment in experiments.items():

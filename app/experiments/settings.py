@@ -143,7 +143,7 @@ class ExperimentSettings(Strict):
         return hashlib.sha256(orjson.dumps(rules, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
 
     def completed(self, default_model: str) -> Self:
-        """The experiment with every arm's model said, where arms differ in it: another default one is another rule."""
+        """The experiment with every arm's model said, where it is up to them: another default one is another rule."""
         if "model" not in self.decides:
             return self
         arms = {name: arm.model_copy(update={"model": arm.model or default_model}) for name, arm in self.arms.items()}
@@ -186,6 +186,9 @@ def check_together(
             )
         if both := sorted(one.decides & other.decides):
             raise InvalidRequest(f"experiments.{second}", f"decides what {first} decides too: {', '.join(both)}")
+        if all({"model", "adapters"} & each.decides for each in (one, other)):
+            message = f"and {first} let in the same requests; one decides the model, the other adapters, which fit one"
+            raise InvalidRequest(f"experiments.{second}", message)
 
 
 def _check_arm(place: str, decided: dict[str, Any], cards: Mapping[str, ModelCard], default_model: str) -> None:

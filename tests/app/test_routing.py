@@ -206,6 +206,14 @@ async def test_a_replica_with_room_is_sent_what_another_one_is_warm_for():
     assert await settled(call(ours, lora)) == ["empty"]
 
 
+@pytest.mark.parametrize(("urgent", "chosen"), [(True, "fast"), (False, "slow")])
+async def test_a_call_with_a_deadline_goes_where_it_ends_first_even_where_there_is_no_room(urgent: bool, chosen: str):
+    ours = router(
+        replica("fast", work_left=520.0, seconds_per_work=0.01), replica("slow", seconds_per_work=0.1), hold_s=5.0
+    )
+    assert await settled(call(ours, Hint(work=300.0, size="128x128", party=ANN, urgent=urgent))) == [chosen]
+
+
 async def test_a_flood_that_waits_does_not_hold_others_up():
     ours = router(replica("r1"), hold_s=10.0)
     anns = [call(ours, by(ANN), id=str(number)) for number in range(5)]

@@ -273,8 +273,9 @@ def test_a_row_that_ends_its_process_each_time_ends_only_itself(engine: Any, tmp
 def test_blocks_of_one_process_are_not_blamed_for_each_others_rows(engine: Any, tmp_path: Path):
     """Two blocks in two threads; the process ends with a row of the first, and takes the second one's beginning too."""
     place = Place(str(tmp_path / "output"))
-    rows = read(tmp_path, [SMALL | {"id": id, "prompt": prompt} for id, prompt in enumerate(("hemlock", "a", "b"))])
-    blocks = [rows[:1], rows[1:]]
+    prompts = ("c", "hemlock", "a", "b")
+    rows = read(tmp_path, [SMALL | {"id": id, "prompt": prompt} for id, prompt in enumerate(prompts)])
+    blocks = [rows[:2], rows[2:]]
     for _ in range(TOGETHER):
         for block in blocks:
             Beginnings(place).together(block[0].number)
@@ -299,8 +300,8 @@ def test_blocks_of_one_process_are_not_blamed_for_each_others_rows(engine: Any, 
         assert ends[1].exception() is None
     assert most == [1]
     assert [record["error"] and json.loads(record["error"])["code"] for record in ends[0].result()] == ["poisoned"]
-    assert Manifest(place).recorded() == {0, 1, 2}
-    assert len(place.names("images")) == 2
+    assert Manifest(place).recorded() == {0, 1, 2, 3}
+    assert len(place.names("images")) == 3
 
 
 def test_an_actor_takes_on_more_than_a_server_would_let_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -312,13 +313,20 @@ def test_an_actor_takes_on_more_than_a_server_would_let_wait(tmp_path: Path, mon
     assert told.to_pydict() == {"rows": [6], "pictures": [6], "errors": [0]}
 
 
-def test_a_row_that_fails_leaves_none_of_an_earlier_runs_pictures(engine: Any, tmp_path: Path):
+@pytest.mark.parametrize("fails", ["drawn", "refused", "poisoned"])
+def test_a_row_that_fails_leaves_none_of_an_earlier_runs_pictures(engine: Any, tmp_path: Path, fails: str):
     place = Place(str(tmp_path / "output"))
-    row = SMALL | {"id": "a", "samples": 2}
-    place.put("images/a-0.png", b"of a run that was killed", "image/png")
+    row = SMALL | {"id": "a", "samples": 2, "steps": 1000 if fails == "refused" else 1}
+    place.put("images/a-1.png", b"of a run that was killed", "image/png")
+    place.put("images/b-0.png", b"another row's", "image/png")
+    if fails == "poisoned":
+        for _ in range(TOGETHER):
+            Beginnings(place).together(0)
+        for _ in range(ALONE):
+            Beginnings(place).alone(0)
     records = drawn(Faulty(engine, *[GenerationFailed("nan_latents")] * 2), place, tmp_path, [row])
     assert [record["error"] is not None for record in records] == [True]
-    assert place.names("images") == []
+    assert place.names("images") == ["images/b-0.png"]
 
 
 def test_a_pool_that_is_none_is_refused():

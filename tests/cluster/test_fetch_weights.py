@@ -10,6 +10,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -136,14 +137,26 @@ def test_a_model_is_fetched_without_what_could_run_and_locked(
     assert not repository.asked, "what is there was fetched again"
 
 
-def test_a_model_that_was_fetched_and_not_written_down_is_locked_the_next_time(
-    endpoint: str, tmp_path: Path, lock_file: Path
+def test_a_model_is_locked_before_it_is_there(
+    endpoint: str, tmp_path: Path, lock_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    with monkeypatch.context() as ending:
+        ending.setattr("cluster.fetch_weights.os.rename", Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            fetch(endpoint, tmp_path / "models", lock_file, locking=True)
     before = lock_file.read_text()
-    lock_file.unlink()
-    fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    folder = fetch(endpoint, tmp_path / "models", lock_file, locking=True)
     assert lock_file.read_text() == before
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert there == set(Lock(lock_file).files(PINNED))
+
+
+def test_what_lies_there_already_is_not_taken_for_the_hubs(endpoint: str, tmp_path: Path, lock_file: Path):
+    fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    lock_file.unlink()
+    with pytest.raises(InvalidRequest, match="not in this lock"):
+        fetch(endpoint, tmp_path / "models", lock_file, locking=True)
+    assert not lock_file.exists()
 
 
 def test_a_model_that_is_not_locked_is_refused(endpoint: str, repository: Repository, tmp_path: Path, lock_file: Path):

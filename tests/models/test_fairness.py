@@ -86,6 +86,14 @@ def test_keys_take_turns_at_the_decoder_also_where_sizes_differ():
     delivery.close()
 
 
+def test_whose_first_picture_has_waited_longest_is_decoded_first():
+    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    waiting: list[Any] = [Picture(key, denoised, side=32) for key, denoised in (("a", 1.0), ("b", 1.5), ("a", 2.0))]
+    delivery.queue = waiting
+    assert delivery.take() == waiting[:1]
+    delivery.close()
+
+
 def test_batch_work_is_decoded_after_interactive_work():
     delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
     batch, own = Picture("b", 1.0, batch=True), [Picture("a", 2.0), Picture("a", 3.0)]

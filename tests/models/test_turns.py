@@ -197,13 +197,14 @@ def test_what_is_saved_up_is_bounded():
 
 @pytest.mark.parametrize("others", [("a",), ("b",), ("b", "c", "d", "e")])
 @pytest.mark.parametrize("pictures", [1, 20])
-def test_interactive_work_hardly_notices_batch_work_of_any_key(others: tuple[str, ...], pictures: int):
-    own = flood("a", pictures)
+@pytest.mark.parametrize("keys", ["a", "afg", "afghi"])
+def test_interactive_work_hardly_notices_batch_work_of_any_key(others: tuple[str, ...], pictures: int, keys: str):
+    own, alone = ([one for key in keys for one in flood(key, pictures)] for _ in range(2))
     device = drawn(PROCESSOR, [*own, *(one for key in others for one in flood(key, 50, batch=True))])
     busy = [batch for batch in device.batches if any(not picture.batch for picture in batch)]
     assert all(not batch[0].batch for batch in busy)
     last = max(picture.finished for picture in own)
-    assert last < 1.15 * drawn(PROCESSOR, flood("a", pictures)).now
+    assert last < 1.15 * drawn(PROCESSOR, alone).now
 
 
 def test_batch_work_has_the_room_that_costs_nothing():

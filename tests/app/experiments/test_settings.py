@@ -100,6 +100,11 @@ def test_experiments_in_each_others_way_are_refused():
     assert "decides what a decides too: steps" in refusal(a=STEPS, b=STEPS | {"layer": "other"})
     assert catalogue(a=STEPS, b=guidance | {"layer": "other"})
     assert catalogue(a=STEPS, b=STEPS | {"enabled": False})
+    model, ink = (
+        {"arms": {"control": {}, "b": one}} for one in ({"model": "sdxl"}, {"adapters": [{"name": "crescent"}]})
+    )
+    assert "experiments.b: and a let in the same requests" in refusal(a=model, b=ink | {"layer": "other"})
+    assert catalogue(a=model | {"keys": ["ada"]}, b=ink | {"keys": ["bob"]})
     other = guidance | {"layer": "other"}
     assert "experiments.b.salt: is that of a" in refusal(a=STEPS | {"salt": "2026"}, b=other | {"salt": "2026"})
     assert "experiments.b.salt: is that of a" in refusal(a=STEPS, b=other | {"salt": "a"})
