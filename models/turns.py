@@ -172,8 +172,10 @@ class _Batch(Generic[C]):
         self._breadth = self._peers = self._own = 0.0  # of all, of those as urgent as the leader, of the leader's flow
 
     def takes(self, candidate: C) -> bool:
-        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far; less urgent
-        work must hardly slow anybody down who is not."""
+        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far.
+
+        Of batch work nobody interactive may notice much.
+        """
         if candidate.rows > self.room or self.is_late(candidate):
             return False
         flow = flow_of(candidate)
