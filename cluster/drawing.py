@@ -171,7 +171,7 @@ class Drawer:
 
     def _given_up(self, row: Row, error: Mapping[str, Any]) -> Record:
         """The record of a row that failed; pictures of it that came are removed, those of earlier runs too."""
-        samples = row.body.get("samples")
+        samples = row.body.get("samples", 1)
         indices = range(samples) if samples in _SAMPLES else range(1)
         self._place.delete(*(_path(row, index, format) for index in indices for format in MEDIA_TYPES))
         return _failed(row, error)
