@@ -27,8 +27,7 @@ WARM_UP = 3  # requests that are not counted
 BODY: dict[str, Any] = {
     "prompt": "a red circle on a blue background", "width": 128, "height": 128, "guidance_scale": 7.5, "cache": False,
 }  # fmt: skip
-# The light key's are previews: one of 20 steps a second would keep two slow cores busy, which is not light.
-STEPS = {LIGHT: 5, FLOOD: 20}
+STEPS = 20  # of the flood's requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def _gateway(config: dict[str, Any]) -> dict[str, Any]:
     return next(one for one in config["applications"] if one["name"] == "gateway")["args"]
 
 
-async def _run(serving: Serving, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
+async def _run(serving: Serving, steps: int, seconds: int, requests: int, say: Callable[[str], None]) -> list[Part]:
     from app.database import Database
     from app.keys import registry
     from app.keys.caller import Limits
@@ -166,7 +165,7 @@ async def _run(serving: Serving, seconds: int, requests: int, say: Callable[[str
         keys = registry.opened(database, arguments["secret_file"])
         made = {name: (await keys.create(name, ("generate",), Limits()))[1] for name in (LIGHT, FLOOD)}
         await database.close()
-        light, other = (Caller(serving.address, made[name], STEPS[name]) for name in (LIGHT, FLOOD))
+        light, other = Caller(serving.address, made[LIGHT], steps), Caller(serving.address, made[FLOOD], STEPS)
         try:
             return await measure(light, other, seconds, requests, say)
         finally:
@@ -177,6 +176,7 @@ async def _run(serving: Serving, seconds: int, requests: int, say: Callable[[str
 def main(
     seconds: Annotated[int, typer.Option(help="For which the light key is measured alone.", min=5)] = 40,
     requests: Annotated[int, typer.Option(help="Of the flood.", min=10)] = 100,
+    steps: Annotated[int, typer.Option(help="Of the light key's requests: of many, one a second is not light.")] = 5,
     threads: Annotated[int, typer.Option(help="torch threads.")] = os.cpu_count() or 1,
     simulation: Annotated[bool, typer.Option("--simulated", help="With networks that only take time.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for fairness.json.")] = Path("out/bench"),
@@ -194,11 +194,11 @@ def main(
     with tempfile.TemporaryDirectory(prefix="heliograph-bench-") as folder:
         config = configured(Path(folder), threads, simulation)
         serving = Serving(Path(folder), lambda _: config, program=SIMULATION if simulation else HELIOGRAPH)
-        parts = asyncio.run(_run(serving, seconds, requests, say))
+        parts = asyncio.run(_run(serving, steps, seconds, requests, say))
     sheet = sheet_of(parts, requests)
     facts = [
-        f"Requests with guidance at {BODY['width']} px; the light key sends one of {STEPS[LIGHT]} steps every second, "
-        f"beside the flood, of {STEPS[FLOOD]} steps each, for as long as that lasts. {_device(simulation)} "
+        f"Requests with guidance at {BODY['width']} px; the light key sends one of {steps} steps every second, "
+        f"beside the flood, of {STEPS} steps each, for as long as that lasts. {_device(simulation)} "
         f"Machine: {machine}.",
         f"Command: `{' '.join(['python -m bench.fairness', *sys.argv[1:]])}`.",
     ]
