@@ -33,7 +33,6 @@ from bench.trace import LONG, SHORT, Answer, Arrival, Shape, replay, trace
 from bench.workloads import MODEL
 
 APPLICATION = f"model-{MODEL}"
-# A forward takes 20 ms and 10 ms for each row; 16 rows, which are 8 pictures with guidance, are one replica's batch.
 MOST = 6  # replicas
 DELAYS = {
     "metrics_interval_s": 1,

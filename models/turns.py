@@ -32,9 +32,8 @@ KNOWN = 1000  # flows that are remembered; of the others it is not known what th
 # The rest of its N-th is for what a key waits besides: the forward under way when it comes, others' decoding.
 SHARE = 0.7
 JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for which the others wait
-FREE = (
-    1.1  # times what its own rows take, at which a light key has company all the same, and interactive work batch work
-)
+# Times what its own rows take, at which a light key has company all the same, and interactive work that of batch work.
+FREE = 1.1
 
 
 class Candidate(Protocol):
@@ -189,12 +188,13 @@ class _Batch(Generic[C]):
         return not (candidate.begun or self._joining)
 
     def add(self, candidate: C) -> None:
+        flow, breadth = flow_of(candidate), candidate.breadth
         self.members.append(candidate)
         self.room -= candidate.rows
         self._joining -= not candidate.begun
-        self._breadth += candidate.breadth
-        self._peers += candidate.breadth * (flow_of(candidate)[0] == self.flow[0])
-        self._own += candidate.breadth * (flow_of(candidate) == self.flow)
+        self._breadth += breadth
+        self._peers += breadth * (flow[0] == self.flow[0])
+        self._own += breadth * (flow == self.flow)
 
 
 def flow_of(candidate: Candidate) -> Flow:

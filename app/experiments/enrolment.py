@@ -64,9 +64,9 @@ def enrol(
         unit, salt = visit.unit(experiment), experiment.salt or name
         if unit is None or not visit.is_let_in(experiment) or not is_in(salt, unit, experiment.share):
             continue
-        versions = {arm: experiment.applied(request, arm) for arm in experiment.arms}
         if "model" in experiment.decides and request.names_parts_of_a_model:
             continue
+        versions = {arm: experiment.applied(request, arm) for arm in experiment.arms}
         if not all(draws(version) for version in versions.values()):
             continue
         assigned = arm_of(salt, unit, {arm: settings.weight for arm, settings in experiment.drawn.items()})

@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 from cluster.shared_lock import SharedLock
 
@@ -67,10 +67,7 @@ def test_who_wants_it_alone_keeps_later_ones_out():
 def test_a_fault_gives_it_back():
     lock = SharedLock()
     for way in (lock.shared, lock.alone):
-        try:
-            with way():
-                raise ZeroDivisionError
-        except ZeroDivisionError:
-            pass
+        with suppress(ZeroDivisionError), way():
+            raise ZeroDivisionError
     with lock.alone():
         pass
