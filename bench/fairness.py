@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from bench import readme
+from bench.machine import Machine, Stolen, watched
 from bench.quantile import quantile
 from bench.report import NOTHING, Sheet
 from bench.serving import HELIOGRAPH, PROJECT, Serving, end_on_sigterm
@@ -49,6 +50,7 @@ class Part:
 
     title: str
     answers: dict[str, list[Answer]] = field(default_factory=lambda: {LIGHT: [], FLOOD: []})
+    stolen: Stolen = field(default_factory=Stolen)
 
     def good(self, key: str) -> list[Answer]:
         """The answers with a picture, in the order in which they came."""
@@ -110,16 +112,19 @@ async def measure(light: Caller, other: Caller, seconds: int, requests: int, say
         await light.ask(began, 0.0)
     say(f"a request a second for {seconds} s")
     alone = Part(title="a request a second, alone")
-    alone.answers[LIGHT] = await trickle(light, lambda sent: sent < seconds)
+    async with watched(alone.stolen):
+        alone.answers[LIGHT] = await trickle(light, lambda sent: sent < seconds)
     say(f"{requests} requests at once")
     flooded = Part(title="the flood, alone")
-    flooded.answers[FLOOD] = await flood(other, requests)
+    async with watched(flooded.stolen):
+        flooded.answers[FLOOD] = await flood(other, requests)
     say("both")
     both = Part(title="both")
-    flooding = asyncio.create_task(flood(other, requests))
-    await asyncio.sleep(0.5)  # which has arrived by then
-    both.answers[LIGHT] = await trickle(light, lambda sent: not flooding.done())
-    both.answers[FLOOD] = await flooding
+    async with watched(both.stolen):
+        flooding = asyncio.create_task(flood(other, requests))
+        await asyncio.sleep(0.5)  # which has arrived by then
+        both.answers[LIGHT] = await trickle(light, lambda sent: not flooding.done())
+        both.answers[FLOOD] = await flooding
     return [alone, flooded, both]
 
 
@@ -129,11 +134,13 @@ def sheet_of(parts: Sequence[Part], requests: int) -> Sheet:
     for part in parts:
         light = [f"{part.latency_s(50):.2f}", f"{part.latency_s(95):.2f}"] if part.good(LIGHT) else [NOTHING, NOTHING]
         many = f"{part.pictures_per_s():.2f}" if part.good(FLOOD) else NOTHING
-        rows.append([part.title, str(len(part.answers[LIGHT]) or NOTHING), *light, many, str(part.errors())])
+        sent = str(len(part.answers[LIGHT]) or NOTHING)
+        rows.append([part.title, sent, *light, many, str(part.errors()), str(part.stolen)])
     alone, flooded, both = parts
     ratios = [f"{both.latency_s(percent) / alone.latency_s(percent):.2f}" for percent in (50, 95)]
-    rows.append(["both / alone", NOTHING, *ratios, f"{both.pictures_per_s() / flooded.pictures_per_s():.2f}", NOTHING])
-    columns = ("", "its requests", "p50", "p95", "the flood's pictures/s", "errors")
+    kept = f"{both.pictures_per_s() / flooded.pictures_per_s():.2f}"
+    rows.append(["both / alone", NOTHING, *ratios, kept, NOTHING, NOTHING])
+    columns = ("", "its requests", "p50", "p95", "the flood's pictures/s", "errors", "stolen")
     return Sheet(title=f"One request a second beside {requests} at once, two keys, seconds", columns=columns, rows=rows)
 
 
@@ -184,7 +191,6 @@ def main(
 ) -> None:
     """Measure what a flood costs another key, through HTTP, on a server of its own with the embedded sd15."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from bench.machine import Machine
 
     console, machine = Console(), Machine.here(1 if simulation else threads)
 
@@ -200,10 +206,11 @@ def main(
         f"Requests with guidance at {BODY['width']} px; the light key sends one of {steps} steps every second, "
         f"beside the flood, of {STEPS} steps each, for as long as that lasts. {_device(simulation)} "
         f"Machine: {machine}.",
+        "Stolen is what the host gave to others of the cores' time, and of one second's.",
         f"Command: `{' '.join(['python -m bench.fairness', *sys.argv[1:]])}`.",
     ]
-    if machine.busy:
-        facts.append("The machine was busy: these figures are not worth keeping.")
+    if machine.busy or any(part.stolen.disturbed for part in parts):
+        facts.append("The machine was busy, or its host was: these figures are not worth keeping.")
     console.print(sheet.rich())
     for fact in facts:
         say(fact)

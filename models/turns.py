@@ -10,13 +10,18 @@ that leads may expect a forward to take no longer than SHARE * N times what its 
 least as fast as with an N-th of the device to itself, and the others use what room there is. A light key spends what it
 saved on forwards which only light ones share, or others at next to no cost: it is gone the sooner, and the flood has
 broad forwards again. Where neighbours cost nothing, as on a GPU that is not full, no bound ever binds, nor with many
-keys of few rows each. Where one key's work of one priority is alive all of this changes nothing; batch work beside
-interactive work has the room that costs next to nothing.
+keys of few rows each. Batch work beside interactive work has the room that costs next to nothing.
+
+Who comes also waits for the forward that is under way. While somebody who goes first has left only just, and may be
+back any moment, forwards are short beside what it was given then. Where one key's work of one priority is alive, and
+nobody has left, all of this changes nothing.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Several
+from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, Protocol, TypeVar
 
@@ -34,6 +39,9 @@ SHARE = 0.7
 JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for which the others wait
 # Times what its own rows take, at which a light key has company all the same, and interactive work that of batch work.
 FREE = 1.1
+RECENTLY_S = 5.0  # on the device's clock: who left no longer ago is expected back
+WAITING = 0.5  # of what it was given last time: as long may a forward be that keeps it waiting when it is back
+SHORT = 2.0  # plain forwards: shorter than that none has to be, since narrow ones get less done
 
 
 class Candidate(Protocol):
@@ -58,6 +66,14 @@ C = TypeVar("C", bound=Candidate)
 Queues = Mapping[Flow, Several[C]]
 
 
+@dataclass
+class _Stay:
+    """A flow's last time here: until when, on the device's clock, and the device seconds that it was given."""
+
+    until: float = 0.0
+    given_s: float = 0.0
+
+
 class Turns:
     """Counts for the flows alive, and for those that were of late.
 
@@ -72,20 +88,33 @@ class Turns:
         self._had: dict[Flow, float] = {}  # device seconds
         self._level = {False: 0.0, True: 0.0}  # of each priority
         self._passed: set[Flow] = set()  # were there in the last turn and got nothing
+        self._clock = 0.0  # device seconds of all
+        self._here: set[Flow] = set()
+        self._stays: dict[Flow, _Stay] = {}  # of who is here, or left recently
 
     def next(self, candidates: Iterable[C], cap: Callable[[Shape], int]) -> list[C]:
         """The next batch, of which the first one leads, under a cap in rows; who is in it is charged for it."""
         queues: dict[Flow, list[C]] = {}
         for candidate in sorted(candidates, key=lambda candidate: candidate.urgency):
             queues.setdefault(flow_of(candidate), []).append(candidate)
+        self._meet(queues)
         if not queues:
             return []
         order = self._ordered(queues)
         leader = queues[order[0]][0]
-        batch = _Batch(leader, cap(leader.shape), self._slower(order), self._pace)
+        batch = _Batch(leader, cap(leader.shape), self._slower(order), self._longest_s(order), self._pace)
         self._fill(batch, queues, order)
         self._charge(queues, batch.members)
         return batch.members
+
+    def _meet(self, queues: Queues[C]) -> None:
+        """Notes who has come, and forgets who left long ago."""
+        self._stays |= {flow: _Stay() for flow in queues if flow not in self._here}
+        self._here = set(queues)
+        gone = [flow for flow, stay in self._stays.items() if self._clock - stay.until > RECENTLY_S]
+        for flow in gone:
+            if flow not in self._here:
+                del self._stays[flow]
 
     def _ordered(self, queues: Queues[C]) -> list[Flow]:
         """The flows alive in the order of their turns; of the others those seen last are remembered.
@@ -120,6 +149,18 @@ class Turns:
         light = [flow for flow in peers if self._had[flow] < heavy]
         return max(FREE, SHARE * len(light or peers))
 
+    def _longest_s(self, order: list[Flow]) -> float:
+        """How long the forward may take, so that who is expected back does not wait for long."""
+        left = (flow for flow in self._stays if flow not in self._here)
+        given = [self._stays[flow].given_s for flow in left if self._precedes(flow, order[0])]
+        return max(SHORT * self._pace.plain_s, WAITING * min(given)) if given else math.inf
+
+    def _precedes(self, flow: Flow, leader: Flow) -> bool:
+        """Whether it would go first if it were here, and not by chance."""
+        if flow[0] != leader[0]:
+            return flow < leader
+        return self._had.get(flow, math.inf) < self._had[leader] - LIGHT * self._pace.plain_s
+
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
         shape = batch.leader.shape
         alike = [deque(candidate for candidate in queues[flow] if candidate.shape == shape) for flow in order]
@@ -143,12 +184,17 @@ class Turns:
         """Who got a place for all it has, has no more than CREDIT left: else a key that was content with little for
         long would shut the others out when it wants much."""
         breadth = sum(candidate.breadth for candidate in members)
-        price = self._pace.forward_s(breadth) / breadth
+        took_s = self._pace.forward_s(breadth)
+        price = took_s / breadth
+        self._clock += took_s
+        for flow in queues:
+            self._stays[flow].until = self._clock
         places = dict.fromkeys(queues, 0)
         peers = Counter(batch for batch, _ in queues)
         for candidate in members:
             flow = flow_of(candidate)
             self._had[flow] += price * candidate.breadth
+            self._stays[flow].given_s += price * candidate.breadth
             self._level[flow[0]] += price * candidate.breadth / peers[flow[0]]
             places[flow] += 1
         self._passed = {flow for flow, count in places.items() if not count}
@@ -163,25 +209,27 @@ class Turns:
 class _Batch(Generic[C]):
     """A batch while it is filled. The leader fits in any case."""
 
-    def __init__(self, leader: C, cap: int, slower: float, pace: Pace):
+    def __init__(self, leader: C, cap: int, slower: float, longest_s: float, pace: Pace):
         self.leader, self.flow = leader, flow_of(leader)
         self.members: list[C] = []
         self.room, self._joining = max(cap, leader.rows), JOINING
-        self._slower, self._pace = slower, pace
+        self._slower, self._longest_s, self._pace = slower, longest_s, pace
         self._breadth = self._peers = self._own = 0.0  # of all, of those as urgent as the leader, of the leader's flow
 
     def takes(self, candidate: C) -> bool:
-        """Whether it fits under the cap, is no newcomer too many, and does not slow the leader down too far.
-
-        Of batch work nobody interactive may notice much.
+        """Whether it fits under the cap, is no newcomer too many, does not make the forward too long, and does not slow
+        the leader down too far. Of batch work nobody interactive may notice much.
         """
         if candidate.rows > self.room or self.is_late(candidate):
             return False
-        flow = flow_of(candidate)
-        if flow == self.flow:
+        if not self.members:
             return True
-        slower, own = (self._slower, self._own) if flow[0] == self.flow[0] else (FREE, self._peers)
-        return self._pace.forward_s(self._breadth + candidate.breadth) <= slower * self._pace.forward_s(own)
+        flow = flow_of(candidate)
+        longest_s = self._longest_s
+        if flow != self.flow:
+            slower, own = (self._slower, self._own) if flow[0] == self.flow[0] else (FREE, self._peers)
+            longest_s = min(longest_s, slower * self._pace.forward_s(own))
+        return longest_s == math.inf or self._pace.forward_s(self._breadth + candidate.breadth) <= longest_s
 
     def is_late(self, candidate: C) -> bool:
         """Whether it is one newcomer too many."""

@@ -30,7 +30,7 @@ def test_percentiles_are_the_light_keys_and_the_rate_the_floods():
     assert both.errors() == 1
     alone, flooded = part("alone", [0.5] * 20, []), part("flood", [], [5.0] * 10)
     rows = sheet_of([alone, flooded, both], 10).rows
-    assert rows[-1] == ["both / alone", "–", "2.00", "2.00", "0.15", "–"]
+    assert rows[-1] == ["both / alone", "–", "2.00", "2.00", "0.15", "–", "–"]
 
 
 async def test_a_request_is_sent_every_second_whether_or_not_the_last_is_answered():

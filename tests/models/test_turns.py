@@ -86,6 +86,10 @@ class Device:
                     picture.finished = self.now
                     alive.remove(picture)
 
+    def done(self, key: str) -> int:
+        """Steps of its pictures."""
+        return sum(picture.key == key for batch in self.batches for picture in batch)
+
 
 def drawn(seconds: dict[int, float], pictures: Iterable[Picture], until: float = 1e9) -> Device:
     device = Device(seconds)
@@ -124,6 +128,35 @@ def test_a_light_key_beside_a_flood_takes_less_than_twice_as_long(seconds: dict[
     assert p95(beside) < 1.5 * p95(alone)
     flooded = drawn(seconds, flood("a", 700), until=45.0)
     assert device.given["a"] > 0.4 * flooded.given["a"]  # and the flood has what the other does not need
+
+
+@pytest.mark.parametrize("seconds", [PROCESSOR, GPU], ids=["processor", "gpu"])
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_short_requests_do_not_wait_for_broad_forwards(seconds: dict[int, float], steps: int):
+    """A forward of twelve pictures takes as long as four of one: who takes two steps waits longer for it."""
+    alone, beside = trickle("b", steps=steps), trickle("b", steps=steps)
+    drawn(seconds, alone)
+    device = drawn(seconds, [*beside, *flood("a", 700)], until=45.0)
+    assert p95(beside) < 2 * p95(alone)
+    assert device.done("a") > 0.6 * drawn(seconds, flood("a", 700), until=45.0).done("a")
+
+
+def test_interactive_requests_do_not_wait_for_broad_forwards_of_batch_work():
+    alone, beside = trickle("b", steps=2), trickle("b", steps=2)
+    drawn(PROCESSOR, alone)
+    drawn(PROCESSOR, [*beside, *flood("b", 700, batch=True)], until=45.0)
+    assert p95(beside) < 2 * p95(alone)
+
+
+@pytest.mark.parametrize(
+    ("light", "rows"),
+    [(trickle("b", 4, steps=2), CAP), (trickle("b", steps=20), CAP), (trickle("b", steps=2), 8)],
+    ids=["has left for long", "stays for long", "is expected back"],
+)
+def test_forwards_are_broad_but_where_a_light_key_is_expected_to_wait_for_them(light: list[Picture], rows: int):
+    device = drawn(PROCESSOR, [*light, *flood("a", 700)], until=30.0)
+    last = [batch for batch in device.batches if all(picture.key == "a" for picture in batch)][-40:]
+    assert {sum(picture.rows for picture in batch) for batch in last} == {rows}
 
 
 def test_a_curve_that_was_measured_wrongly_does_not_make_the_light_key_slow_for_long():
@@ -242,7 +275,8 @@ def reference(candidates: list[Picture], room: int) -> list[Picture]:
     return batch
 
 
-def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
+@pytest.mark.parametrize("batch", [False, True])
+def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts(batch: bool):
     rng = random.Random(3)
     batcher = Batcher(pace(PROCESSOR))
     batcher.set_cap(SMALL, CAP)
@@ -251,7 +285,6 @@ def test_with_one_key_alive_the_most_urgent_go_first_and_nothing_else_counts():
             Picture("a", at=rng.random(), rows=rng.choice((1, 2, 2, 5, 30)), shape=rng.choice((SMALL, SMALL, LARGE)))
             for _ in range(rng.randint(1, 40))
         ]
-        batch = rng.random() < 0.3
         for picture in waiting:
             picture.batch, picture.begun = batch, True
         lead = min(waiting, key=lambda picture: picture.urgency)
