@@ -41,7 +41,7 @@ JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for 
 FREE = 1.1
 RECENTLY_S = 5.0  # on the device's clock: who left no longer ago is expected back
 WAITING = 0.5  # of what it was given last time: as long may a forward be that keeps it waiting when it is back
-SHORT = 2.0  # plain forwards: shorter than that none has to be, since narrow ones get less done
+SHORT = 2.5  # plain forwards: shorter than that none has to be, since narrow ones get less done
 
 
 class Candidate(Protocol):

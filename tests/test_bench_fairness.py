@@ -8,6 +8,7 @@ import pytest
 
 from app.deployment import MODEL_IMPORT, Deployment
 from bench.fairness import FLOOD, LIGHT, Answer, Part, configured, sheet_of, trickle
+from bench.machine import Stolen, watched
 from bench.simulation import SIMULATED_IMPORT, real
 
 
@@ -28,9 +29,28 @@ def test_percentiles_are_the_light_keys_and_the_rate_the_floods():
     assert (both.latency_s(50), both.latency_s(95), both.latency_s(100)) == (1.0, 1.0, 4.0)
     assert both.pictures_per_s() == pytest.approx(0.3)
     assert both.errors() == 1
-    alone, flooded = part("alone", [0.5] * 20, []), part("flood", [], [5.0] * 10)
-    rows = sheet_of([alone, flooded, both], 10).rows
-    assert rows[-1] == ["both / alone", "–", "2.00", "2.00", "0.15", "–", "–"]
+    before, flooded, after = (
+        part("before", [0.5] * 20, []),
+        part("flood", [], [5.0] * 10),
+        part("after", [0.8] * 20, []),
+    )
+    rows = sheet_of([before, flooded, both, after], 10).rows
+    assert rows[-1] == ["both / alone", "–", "2.00", "1.25", "0.15", "–", "–"]
+
+
+def test_a_host_that_takes_much_at_once_or_much_in_all_disturbs():
+    assert not Stolen(shares=[0.04] * 10).disturbed
+    assert Stolen(shares=[0.06] * 10).disturbed
+    assert Stolen(shares=[*[0.0] * 99, 0.6]).disturbed
+    assert not Stolen().disturbed
+
+
+async def test_what_the_host_takes_is_noted_every_second():
+    stolen = Stolen()
+    async with watched(stolen):
+        await asyncio.sleep(2.5)
+    assert len(stolen.shares) == 2
+    assert all(0 <= share <= 1 for share in stolen.shares)
 
 
 async def test_a_request_is_sent_every_second_whether_or_not_the_last_is_answered():
