@@ -193,9 +193,7 @@ def main(
     seconds: Annotated[int, typer.Option(help="For which the light key is alone, before and after.", min=5)] = 40,
     requests: Annotated[int, typer.Option(help="Of the flood.", min=10)] = 100,
     steps: Annotated[int, typer.Option(help="Of the light key's requests: of many, one a second is not light.")] = 3,
-    threads: Annotated[
-        int, typer.Option(help="torch threads, unless said all cores but one.")
-    ] = 0,
+    threads: Annotated[int, typer.Option(help="torch threads, unless said all cores but one.")] = 0,
     simulation: Annotated[bool, typer.Option("--simulated", help="With networks that only take time.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for fairness.json.")] = Path("out/bench"),
     publish: Annotated[bool, typer.Option("--publish", help="Also put the table into bench/README.md.")] = False,
