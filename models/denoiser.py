@@ -7,13 +7,14 @@ import torch
 
 from models.adapters.controlnet import ControlBatch
 from models.adapters.lora import Mix
+from models.ahead import Ahead
 from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
-from models.guidance import Guidance, column
+from models.guidance import Guidance
 from models.loras import Loras
 from models.rowwise import RowThreads
 from models.sequence import Kept, Sequence
-from models.tapes import HISTORY, M, Tape, Z
+from models.tapes import BLEND, COEFFICIENTS, ESTIMATE, HISTORY, SCALE, TIMESTEP, M, Z
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Denoiser:
         self._family = family
         self._loras = loras
         self._share = RowThreads(family.device, torch.get_num_threads())
+        self._ahead = Ahead(family.device)
         self._batch: _Batch | None = None
 
     @torch.inference_mode()
@@ -62,28 +64,29 @@ class Denoiser:
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
         batch = self._assemble(sequences)
-        tapes = [(s.tape, s.position) for s in sequences]
+        lines = self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))
+        each = lines[..., None, None, None]
         x = batch.history[:, 0]
-        inputs = x * column([tape.input_scales[i] for tape, i in tapes], self._to_device)
-        timesteps = self._to_device(torch.stack([tape.timesteps[i] for tape, i in tapes]))
+        inputs = x * each[:, SCALE]
         if batch.inputs is not None:
             inputs = torch.cat([inputs, batch.inputs], 1)
-        seen, when = inputs[batch.owners], timesteps[batch.owners]
+        seen, when = inputs[batch.owners], lines[:, TIMESTEP][batch.owners]
         residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences], self._share)
         with self._loras.denoising(batch.mixes):
             [outputs] = self._share(partial(self._predict, seen, when, batch.rows, residuals), seen)
         m = batch.guidance.combine(outputs)
-        coefficients = self._to_device(torch.stack([tape.coefficients[i] for tape, i in tapes]))
+        coefficients = lines[:, COEFFICIENTS]
         batch.history[:, M.start] = m
         after = torch.einsum("ns,nschw->nchw", coefficients[:, :Z], batch.history)
         noise = self._noise(sequences)
         if noise is not None:
             after = after + coefficients[:, Z, None, None, None] * noise
         if batch.kept is not None:
-            after = self._keep(batch.kept, after, tapes)
-        estimates = self._to_device(torch.stack([tape.estimates[i] for tape, i in tapes]))
-        clean = estimates[:, 0, None, None, None] * x + estimates[:, 1, None, None, None] * m
+            after = _with_kept(batch.kept, after, each[:, BLEND])
+        p, q = each[:, ESTIMATE].unbind(1)
+        clean = p * x + q * m
         self._advance(batch, after, clean)
+        self._ahead()
         return clean
 
     def _predict(
@@ -129,11 +132,6 @@ class Denoiser:
             noise=torch.stack([k.noise for k in kept]),
         )
 
-    def _keep(self, kept: Kept, after: torch.Tensor, tapes: list[tuple[Tape, int]]) -> torch.Tensor:
-        """The latents with what is kept put back, as noisy as they are (blended inpainting, arXiv:2206.02779)."""
-        blends = self._to_device(torch.stack([tape.blends[i] for tape, i in tapes]))[..., None, None, None]
-        return (1 - kept.mask) * (blends[:, 0] * kept.clean + blends[:, 1] * kept.noise) + kept.mask * after
-
     def _noise(self, sequences: list[Sequence]) -> torch.Tensor | None:
         """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others."""
         if not any(s.tape.draws[s.position] for s in sequences):
@@ -154,3 +152,8 @@ class Denoiser:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._family.device, non_blocking=True)
+
+
+def _with_kept(kept: Kept, after: torch.Tensor, blends: torch.Tensor) -> torch.Tensor:
+    """The latents with what is kept put back, as noisy as they are (blended inpainting, arXiv:2206.02779)."""
+    return (1 - kept.mask) * (blends[:, 0] * kept.clean + blends[:, 1] * kept.noise) + kept.mask * after

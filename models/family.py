@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from models.attention import KeysAndValues
 from models.autoencoder import Autoencoder
 from models.errors import InvalidRequest
 from models.images import Picture
@@ -32,19 +33,24 @@ class Embedding:
 class Conditioning:
     """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name.
 
-    Where `mask` (tokens,), bool, is false the context is padding; None means that there is none.
+    Where `mask` (tokens,), bool, is false the context is padding; None means that there is none. `remembered` is what
+    the denoising network has made of the context (models.attention).
     """
 
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
+    remembered: KeysAndValues = field(default_factory=dict)
+    _parts: dict[tuple[int, int], "Conditioning"] = field(default_factory=dict)
 
     def part(self, rows: slice) -> "Conditioning":
-        """Some rows of what is stacked over rows."""
-        added = {name: tensor[rows] for name, tensor in self.added.items()}
-        return Conditioning(
-            context=self.context[rows], added=added, mask=None if self.mask is None else self.mask[rows]
-        )
+        """Some rows of what is stacked over rows, the same object every time."""
+        bounds = (rows.start, rows.stop)
+        if bounds not in self._parts:
+            added = {name: tensor[rows] for name, tensor in self.added.items()}
+            mask = None if self.mask is None else self.mask[rows]
+            self._parts[bounds] = Conditioning(context=self.context[rows], added=added, mask=mask)
+        return self._parts[bounds]
 
 
 Encoding = Callable[[Sequence[Loras]], AbstractContextManager[None]]
@@ -123,7 +129,7 @@ def run_unet(
     timesteps: torch.Tensor,
     rows: Conditioning,
     residuals: Residuals | None,
-    **beside: torch.Tensor,
+    **beside: Any,
 ) -> torch.Tensor:
     """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none.
 

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -25,6 +26,8 @@ from models.samplers import SAMPLERS, SCHEDULES
 
 HISTORY = 3
 X, M, Z = slice(0, HISTORY + 1), slice(HISTORY + 1, 2 * HISTORY + 2), 2 * HISTORY + 2  # columns of a coefficient row
+# Columns of a line of a tape.
+TIMESTEP, SCALE, COEFFICIENTS, ESTIMATE, BLEND = 0, 1, slice(2, Z + 3), slice(Z + 3, Z + 5), slice(Z + 5, Z + 7)
 _PROBES = 64  # independent equations per step, for at most 9 unknowns
 _TOLERANCE = 2e-6  # some schedulers compute in float32
 _CACHED = 512
@@ -54,6 +57,12 @@ class Tape:
 
     def __len__(self) -> int:
         return len(self.draws)
+
+    @cached_property
+    def lines(self) -> torch.Tensor:
+        """(n, 15): all numbers of an evaluation side by side, which so reach a device in one copy."""
+        parts = (self.timesteps[:, None], self.input_scales[:, None], self.coefficients, self.estimates, self.blends)
+        return torch.cat(parts, 1)
 
 
 class Tapes:

@@ -6,6 +6,7 @@ hidden state is the penultimate one of the original.
 
 import torch
 
+from models.attention import remember
 from models.family import Conditioning, Residuals, run_unet, takes_mask
 from models.one_encoder import COMPONENTS, OneEncoder
 from models.weights import Components, Placement, Source
@@ -22,6 +23,7 @@ class SD(OneEncoder):
     def __init__(self, components: Components, placement: Placement):
         super().__init__(components, placement)
         self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
+        remember(self._unet)
 
     def predict(
         self,
@@ -30,4 +32,5 @@ class SD(OneEncoder):
         rows: Conditioning,
         residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        return run_unet(self._unet, latents, timesteps, rows, residuals)
+        told = {"remembered": rows.remembered}
+        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=told)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from models import encoders
+from models.attention import remember
 from models.autoencoder import Autoencoder
 from models.family import Conditioning, Embedding, Encoding, Residuals, run_unet, takes_mask
 from models.tokens import Wording, cut
@@ -48,6 +49,7 @@ class SDXL:
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(modules["vae"], placement.device)
         self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
+        remember(self._unet)
         self.revision = components.revision
         self.scheduler_config = components.scheduler_config
         self.zero_empty_negative = bool(components.index.get("force_zeros_for_empty_prompt", True))
@@ -79,4 +81,5 @@ class SDXL:
         rows: Conditioning,
         residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        return run_unet(self._unet, latents, timesteps, rows, residuals)
+        told = {"remembered": rows.remembered}
+        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=told)
