@@ -6,23 +6,19 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from bench import assembled
 from bench.ceilings import Ceilings
 from bench.contender import Contender
 from bench.drift import exact_float32, nearest, recorded_latents
 from bench.fullsize import Flops, Network, build
-from bench.inprocess import MAX_WAITING, ROWS, InProcess
+from bench.inprocess import ROWS, InProcess
 from bench.load import Load, Run, drive
 from bench.pipeline import Pipeline
 from bench.serial import Serial
 from bench.static import Static
 from bench.workloads import RequestClass, Workload, request_of, requests_of, steps_mixed
-from models.card import ModelCard
-from models.embedded import architecture
 from models.engine import Engine
-from models.families.sd import SD
-from models.families.sdxl import SDXL
 from models.weights import place
 
 STEPS = 20
@@ -144,33 +140,14 @@ class Turns:
         return await drive(contender, Load.saturating([*requests, self._request]))
 
     def _pipeline(self, unet: torch.nn.Module | None = None) -> Pipeline:
-        parts = dict(self._model.modules, scheduler=architecture.FAMILIES[self._network.embedded].scheduler())
-        if unet is not None:
-            parts["unet"] = unet
-        if self._network.family == "sdxl":
-            return Pipeline(StableDiffusionXLPipeline(**parts, add_watermarker=False))
-        return Pipeline(
-            StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        )
+        return assembled.pipeline(self._network, self._model.modules, unet)
 
     def _compiled(self) -> Pipeline:
         return self._pipeline(torch.compile(self._model.modules["unet"], mode=self._options.compile_mode))
 
     def _engine(self, cap: int | None) -> Engine:
         """The cap is measured in the warm-up unless it is given."""
-        family = (
-            SDXL(self._model, self._placement) if self._network.family == "sdxl" else SD(self._model, self._placement)
-        )
-        card = ModelCard(
-            name=self._network.name,
-            family=self._network.family,
-            width=self._side,
-            height=self._side,
-            max_pixels=4 * self._side**2,
-        )
-        engine = Engine(family, card, max_waiting=MAX_WAITING)
-        engine.warm_up(cap)
-        return engine
+        return assembled.engine(self._network, self._model, self._placement, self._side, cap)
 
 
 def workloads(side: int) -> tuple[Workload, ...]:

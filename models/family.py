@@ -40,8 +40,8 @@ class Conditioning:
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
-    remembered: KeysAndValues = field(default_factory=dict)
-    _parts: dict[tuple[int, int], "Conditioning"] = field(default_factory=dict)
+    remembered: KeysAndValues = field(default_factory=dict, init=False, repr=False, compare=False)
+    _parts: dict[tuple[int, int], "Conditioning"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, rows: slice) -> "Conditioning":
         """Some rows of what is stacked over rows, the same object every time."""

@@ -158,7 +158,7 @@ class Turns:
     def _precedes(self, flow: Flow, leader: Flow) -> bool:
         """Whether it would go first if it were here, and not by chance."""
         if flow[0] != leader[0]:
-            return flow < leader
+            return leader[0]  # batch work gives way to all that is not
         return self._had.get(flow, math.inf) < self._had[leader] - LIGHT * self._pace.plain_s
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:

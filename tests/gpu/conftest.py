@@ -5,20 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from bench import assembled
 from bench.fullsize import NETWORKS, Network, build
 from bench.pipeline import Pipeline
-from models import families
-from models.card import ModelCard
-from models.embedded import architecture
+from bench.turns import TINY_SIDE
 from models.engine import Engine
-from models.families.sd import SD
-from models.families.sdxl import SDXL
 from models.request import GenerationRequest
 from models.weights import Components, Placement, place
-
-TINY_SIDE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +26,7 @@ class Subject:
 
     def pipeline(self) -> Pipeline:
         """diffusers' own, in whatever precision the networks have now."""
-        parts = dict(self.components.modules, scheduler=architecture.FAMILIES[self.network.embedded].scheduler())
-        if self.network.family == "sdxl":
-            return Pipeline(StableDiffusionXLPipeline(**parts, add_watermarker=False))
-        return Pipeline(
-            StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        )
+        return assembled.pipeline(self.network, self.components.modules)
 
     @property
     def placement(self) -> Placement:
@@ -50,19 +39,7 @@ class Subject:
 
     def engine(self, cap: int | None = None) -> Engine:
         """Warmed up; its cap in rows is measured unless it is given."""
-        placement = self.placement
-        family: families.Family
-        family = (SDXL if self.network.family == "sdxl" else SD)(self.components, placement)
-        card = ModelCard(
-            name=self.network.name,
-            family=self.network.family,
-            width=self.side,
-            height=self.side,
-            max_pixels=4 * self.side**2,
-        )
-        engine = Engine(family, card, max_waiting=1000)
-        engine.warm_up(cap)
-        return engine
+        return assembled.engine(self.network, self.components, self.placement, self.side, cap)
 
     def request(self, seed: int = 7, **options) -> GenerationRequest:
         asked = {
