@@ -4,14 +4,14 @@ from collections import deque
 
 import torch
 
-STEPS = 1  # queued while another one runs: the GPU never waits for the host, and a newcomer not for many steps
+STEPS = 1  # that may be unfinished when the next one is prepared: the GPU has work meanwhile
 
 
 class Ahead:
-    """Called after each step is queued, waits until no more than STEPS follow the one that runs.
+    """Called after each step is queued, waits until no more than STEPS are unfinished, this one among them.
 
-    Without it a whole picture's steps would be queued at once: nobody could join them, leave them or take turns with
-    them any more, and what a step takes could not be told. On a device that has no queue it does nothing.
+    Without it a picture's steps would be queued as fast as they can be, and nobody could join them, leave them or take
+    turns with them. On a device that is no CUDA GPU it does nothing.
     """
 
     def __init__(self, device: torch.device):

@@ -4,14 +4,38 @@ What pictures are told stays the same from step to step, only their latents chan
 The arithmetic is that of its AttnProcessor2_0, without its division by a factor that is 1.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
-KeysAndValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
-"""By the layer that made them, (rows, heads, tokens, width) each."""
+BYTES = 512 * 2**20  # what is remembered of a batch at most: 20 rows of SDXL's in bfloat16, fewer of long prompts
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class KeysAndValues:
+    """By the layer that made them, (rows, heads, tokens, width) each; those beyond BYTES are made again every time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.nn.Module, Pair] = {}
+        self._room = BYTES
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, layer: torch.nn.Module, make: Callable[[], Pair]) -> Pair:
+        """A layer's, made where they are not kept."""
+        if layer in self._kept:
+            return self._kept[layer]
+        pair = make()
+        size = sum(tensor.nbytes for tensor in pair)
+        if size <= self._room:
+            self._kept[layer] = pair
+            self._room -= size
+        return pair
 
 
 class Remembering:
@@ -27,21 +51,18 @@ class Remembering:
         remembered: KeysAndValues | None = None,
     ) -> torch.Tensor:
         """(rows, positions, width) -> the same; the mask (rows, 1, tokens) is added to the logits."""
-        if encoder_hidden_states is None:
-            key, value = _keys_and_values(attn, hidden_states)
-        elif remembered is None:
-            key, value = _keys_and_values(attn, encoder_hidden_states)
+        if encoder_hidden_states is None or remembered is None:
+            told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key, value = _keys_and_values(attn, told)
         else:
-            if attn not in remembered:
-                remembered[attn] = _keys_and_values(attn, encoder_hidden_states)
-            key, value = remembered[attn]
+            key, value = remembered.get(attn, partial(_keys_and_values, attn, encoder_hidden_states))
         query = _heads(attn, attn.to_q(hidden_states))
         mask = None if attention_mask is None else attention_mask[:, None]
         mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _keys_and_values(attn: Any, told: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_and_values(attn: Any, told: torch.Tensor) -> Pair:
     return _heads(attn, attn.to_k(told)), _heads(attn, attn.to_v(told))
 
 

@@ -85,8 +85,8 @@ class Denoiser:
             after = _with_kept(batch.kept, after, each[:, BLEND])
         p, q = each[:, ESTIMATE].unbind(1)
         clean = p * x + q * m
-        self._advance(batch, after, clean)
         self._ahead()
+        self._advance(batch, after, clean)
         return clean
 
     def _predict(
@@ -103,6 +103,7 @@ class Denoiser:
             if any(now is not before for now, before in zip(told, self._batch.told, strict=True)):
                 self._batch.told, self._batch.rows = told, stack(told)
             return self._batch
+        self._batch = None  # before another one takes memory
         owners = [n for n, sequence in enumerate(sequences) for _ in range(sequence.rows)]
         inputs = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
         return _Batch(
@@ -148,7 +149,7 @@ class Denoiser:
         for sequence, history, estimate in zip(batch.sequences, batch.parts, clean, strict=True):
             sequence.history, sequence.estimate = history, estimate
             sequence.position += 1
-        self._batch = batch
+        self._batch = batch if any(sequence.denoising for sequence in batch.sequences) else None
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._family.device, non_blocking=True)

@@ -247,22 +247,25 @@ class Engine:
             return
         try:
             work(sequences)
+            return
         except HeliographError as refusal:  # of one sequence that was worked on alone
             self._fail(sequences[0].ticket, refusal)
-        except Exception as fault:
-            memory = out_of_memory(fault)
-            half = len(sequences) // 2
-            if memory:
-                self._spare_memory(sequences[:half])
-            if half:
-                self._attempt(work, sequences[:half])
-                self._attempt(work, sequences[half:])
-                return
-            if not memory:
-                _log.error("a step failed", exc_info=fault)
-                self._faults += 1
-            reason = "out_of_memory" if memory else "engine_fault"
-            self._fail(sequences[0].ticket, GenerationFailed(reason, f"the step failed: {fault!r}"))
+            return
+        except Exception as caught:
+            memory = out_of_memory(caught)
+            fault = caught.with_traceback(None) if memory else caught  # whose frames hold all that they had allocated
+        half = len(sequences) // 2
+        if memory:
+            self._spare_memory(sequences[:half])
+        if half:
+            self._attempt(work, sequences[:half])
+            self._attempt(work, sequences[half:])
+            return
+        if not memory:
+            _log.error("a step failed", exc_info=fault)
+            self._faults += 1
+        reason = "out_of_memory" if memory else "engine_fault"
+        self._fail(sequences[0].ticket, GenerationFailed(reason, f"the step failed: {fault!r}"))
 
     def _spare_memory(self, half: list[Sequence]) -> None:
         if torch.cuda.is_available():

@@ -40,7 +40,7 @@ class Conditioning:
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
-    remembered: KeysAndValues = field(default_factory=dict, init=False, repr=False, compare=False)
+    remembered: KeysAndValues = field(default_factory=KeysAndValues, init=False, repr=False, compare=False)
     _parts: dict[tuple[int, int], "Conditioning"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, rows: slice) -> "Conditioning":
@@ -61,7 +61,8 @@ Residuals = tuple[list[torch.Tensor], torch.Tensor]
 
 
 class Family(Protocol):
-    """An architecture with weights. Called from one thread only; keeps nothing of a request."""
+    """An architecture with weights. Called from one thread only, but for `predict`, which several may call at a time
+    with parts of the rows (models.rowwise); keeps nothing of a request."""
 
     autoencoder: Autoencoder
     device: torch.device

@@ -39,7 +39,7 @@ SHARE = 0.7
 JOINING = 8  # newcomers to a forward: their prompts are encoded before it, for which the others wait
 # Times what its own rows take, at which a light key has company all the same, and interactive work that of batch work.
 FREE = 1.1
-RECENTLY_S = 5.0  # on the device's clock: who left no longer ago is expected back
+RECENTLY_S = 5.0  # on the device's clock: who left no longer ago is expected back, where it has come back before
 WAITING = 0.5  # of what it was given last time: as long may a forward be that keeps it waiting when it is back
 SHORT = 2.5  # plain forwards: shorter than that none has to be, since narrow ones get less done
 
@@ -68,8 +68,10 @@ Queues = Mapping[Flow, Several[C]]
 
 @dataclass
 class _Stay:
-    """A flow's last time here: until when, on the device's clock, and the device seconds that it was given."""
+    """A flow's last time here: whether it had been here before, until when it stayed, on the device's clock, and the
+    device seconds that it was given."""
 
+    again: bool
     until: float = 0.0
     given_s: float = 0.0
 
@@ -102,19 +104,17 @@ class Turns:
             return []
         order = self._ordered(queues)
         leader = queues[order[0]][0]
-        batch = _Batch(leader, cap(leader.shape), self._slower(order), self._longest_s(order), self._pace)
+        batch = _Batch(leader, cap(leader.shape), self._slower(order), self._longest_s(order[0]), self._pace)
         self._fill(batch, queues, order)
         self._charge(queues, batch.members)
         return batch.members
 
     def _meet(self, queues: Queues[C]) -> None:
         """Notes who has come, and forgets who left long ago."""
-        self._stays |= {flow: _Stay() for flow in queues if flow not in self._here}
+        self._stays |= {flow: _Stay(again=flow in self._had) for flow in queues if flow not in self._here}
         self._here = set(queues)
-        gone = [flow for flow, stay in self._stays.items() if self._clock - stay.until > RECENTLY_S]
-        for flow in gone:
-            if flow not in self._here:
-                del self._stays[flow]
+        since = self._clock - RECENTLY_S
+        self._stays = {flow: stay for flow, stay in self._stays.items() if flow in self._here or stay.until >= since}
 
     def _ordered(self, queues: Queues[C]) -> list[Flow]:
         """The flows alive in the order of their turns; of the others those seen last are remembered.
@@ -149,10 +149,10 @@ class Turns:
         light = [flow for flow in peers if self._had[flow] < heavy]
         return max(FREE, SHARE * len(light or peers))
 
-    def _longest_s(self, order: list[Flow]) -> float:
+    def _longest_s(self, leader: Flow) -> float:
         """How long the forward may take, so that who is expected back does not wait for long."""
-        left = (flow for flow in self._stays if flow not in self._here)
-        given = [self._stays[flow].given_s for flow in left if self._precedes(flow, order[0])]
+        left = ((flow, stay) for flow, stay in self._stays.items() if flow not in self._here and stay.again)
+        given = [stay.given_s for flow, stay in left if stay.given_s and self._precedes(flow, leader)]
         return max(SHORT * self._pace.plain_s, WAITING * min(given)) if given else math.inf
 
     def _precedes(self, flow: Flow, leader: Flow) -> bool:
@@ -173,7 +173,7 @@ class Turns:
             if batch.takes(candidate):
                 batch.add(candidate)
                 had += price * candidate.breadth
-            elif order[n] != batch.flow and not batch.is_late(candidate):
+            elif not batch.is_late(candidate) and (order[n] != batch.flow or candidate.rows <= batch.room):
                 alike[n].clear()  # what it has besides is less urgent, and could hardly fit
             if alike[n]:
                 heapreplace(turns, (priority, had, n))

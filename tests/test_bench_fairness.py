@@ -49,7 +49,7 @@ async def test_what_the_host_takes_is_noted_every_second():
     stolen = Stolen()
     async with watched(stolen):
         await asyncio.sleep(2.5)
-    assert len(stolen.shares) == 2
+    assert 1 <= len(stolen.shares) <= 2
     assert all(0 <= share <= 1 for share in stolen.shares)
 
 

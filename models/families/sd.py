@@ -32,5 +32,5 @@ class SD(OneEncoder):
         rows: Conditioning,
         residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        told = {"remembered": rows.remembered}
-        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=told)
+        handed = {"remembered": rows.remembered}
+        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=handed)

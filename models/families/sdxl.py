@@ -81,5 +81,5 @@ class SDXL:
         rows: Conditioning,
         residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        told = {"remembered": rows.remembered}
-        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=told)
+        handed = {"remembered": rows.remembered}
+        return run_unet(self._unet, latents, timesteps, rows, residuals, cross_attention_kwargs=handed)

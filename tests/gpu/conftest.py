@@ -1,5 +1,6 @@
 """Full-size networks with random weights on a GPU; with `--device cpu` the embedded models' untrained ones."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,5 +76,6 @@ def subject(request: pytest.FixtureRequest, device: str) -> Iterator[Subject]:
     components = build(network, torch.device(device), tiny)
     yield Subject(network=network, device=device, side=TINY_SIDE if tiny else network.side, components=components)
     components.modules.clear()
+    gc.collect()  # engines hold themselves
     if device == "cuda":
         torch.cuda.empty_cache()

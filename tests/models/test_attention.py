@@ -9,6 +9,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from models.attention import KeysAndValues, Remembering, remember
+from models.conditioning import stack
+from models.family import Conditioning
 from models.request import GenerationRequest
 from tests.models.conftest import loaded_family, new_engine
 
@@ -61,7 +63,7 @@ def test_the_arithmetic_is_that_of_diffusers(told: int | None, masked: bool):
     if masked:
         mask = torch.zeros(ROWS, 1, TOKENS if told else POSITIONS)
         mask[1, :, 4:] = -10000.0
-    remembered: KeysAndValues = {}
+    remembered = KeysAndValues()
     first = ours(hidden, context, attention_mask=mask, remembered=remembered)
     again = ours(hidden, context, attention_mask=mask, remembered=remembered)
     plain = ours(hidden, context, attention_mask=mask)
@@ -70,7 +72,35 @@ def test_the_arithmetic_is_that_of_diffusers(told: int | None, masked: bool):
     assert torch.equal(first, again)
     assert torch.equal(first, plain)
     assert torch.allclose(first, theirs, atol=1e-6)
-    assert bool(remembered) == (told is not None)
+    assert len(remembered) == (told is not None)
+
+
+@torch.inference_mode()
+def test_what_would_take_too_much_memory_is_made_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("models.attention.BYTES", 2 * ROWS * TOKENS * WIDTH * 4)  # of one layer, keys and values
+    remembered, hidden, context = KeysAndValues(), torch.randn(ROWS, POSITIONS, WIDTH), torch.randn(ROWS, TOKENS, 24)
+    for _ in range(2):
+        for one in (layer(24), layer(24)):
+            assert torch.equal(one(hidden, context, remembered=remembered), one(hidden, context))
+    assert len(remembered) == 1
+
+
+@torch.inference_mode()
+def test_parts_of_the_rows_remember_for_themselves():
+    family, told = loaded_family("sd15"), torch.randn(4, 77, 128)
+    rows = stack([Conditioning(context=each) for each in told])
+    latents, timesteps = torch.randn(4, 4, 16, 16), torch.full((4,), 500.0)
+    whole = family.predict(latents, timesteps, rows)
+    for _ in range(2):
+        for part in (slice(0, 2), slice(2, 4)):
+            mine = family.predict(latents[part], timesteps[part], rows.part(part))
+            assert torch.allclose(mine, whole[part], atol=1e-4)
+
+
+def test_an_engine_at_rest_remembers_nothing():
+    engine = new_engine("sd15")
+    engine.generate([request("a red circle", 3), request("a blue ring", 3)])
+    assert engine._denoiser._batch is None
 
 
 def test_a_layer_that_does_more_keeps_its_processor():

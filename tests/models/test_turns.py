@@ -150,8 +150,13 @@ def test_interactive_requests_do_not_wait_for_broad_forwards_of_batch_work():
 
 @pytest.mark.parametrize(
     ("light", "rows"),
-    [(trickle("b", 4, steps=2), CAP), (trickle("b", steps=20), CAP), (trickle("b", steps=2), 12)],
-    ids=["has left for long", "stays for long", "is expected back"],
+    [
+        (trickle("b", 4, steps=2), CAP),
+        (trickle("b", steps=20), CAP),
+        ([Picture(f"b{n}", at=0.5 + n, steps=2) for n in range(40)], CAP),
+        (trickle("b", steps=2), 12),
+    ],
+    ids=["has left for long", "stays for long", "comes once", "is expected back"],
 )
 def test_forwards_are_broad_but_where_a_light_key_is_expected_to_wait_for_them(light: list[Picture], rows: int):
     device = drawn(PROCESSOR, [*light, *flood("a", 700)], until=30.0)
