@@ -1,11 +1,12 @@
 """Jobs on the real server: submitted, watched, cancelled, tried again; and none is lost when a process is killed."""
 
 import io
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,15 @@ def test_a_job_is_drawn_like_a_request_and_its_events_are_taken_up(server: Serve
     )
     assert difference(picture(address, done), same.content) <= 1
     assert done["result"]["parameters"]["seed"] == 7
-    events = httpx2.get(f"{address}/v1/jobs/{made['job_id']}/events", timeout=30).text.strip().split("\n\n")
-    rest = httpx2.get(f"{address}/v1/jobs/{made['job_id']}/events", headers={"last-event-id": "2"}, timeout=30)
-    assert rest.text.strip().split("\n\n") == events[2:]
+    events = events_of(address, made["job_id"])
+    assert events_of(address, made["job_id"], {"last-event-id": "2"}) == events[2:]
     assert '"status":"succeeded"' in events[-1]
+
+
+def events_of(address: str, job_id: str, headers: Mapping[str, str] | None = None) -> list[str]:
+    """A job's events but for the signatures of addresses, which are those of the second in which one asks."""
+    answer = httpx2.get(f"{address}/v1/jobs/{job_id}/events", headers=headers, timeout=30)
+    return re.sub(r"\?expires=\d+&signature=\w+", "", answer.text).strip().split("\n\n")
 
 
 def test_jobs_are_cancelled_while_they_run_and_while_they_wait_and_tried_again(server: Server):
