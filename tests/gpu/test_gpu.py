@@ -6,12 +6,12 @@ queue, on small networks in float32.
 
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from bench.drift import exact_float32, nearest, recorded_latents
 from models.ahead import Ahead
+from models.embedded.upscalers.scores import psnr
 from models.events import Event
 from models.request import GenerationRequest
 from tests.gpu.conftest import Subject
@@ -23,12 +23,6 @@ DRIFT = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative L2 distance of t
 SAME_DB = 40.0
 PICTURES, SETTLED = 500, 100
 GROWTH = 16 * 2**20  # bytes
-
-
-def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Decibels; infinite where they are equal."""
-    error = np.mean((ours - theirs).astype(float) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def neighbours(subject: Subject) -> list[GenerationRequest]:
