@@ -1,20 +1,20 @@
 """One forward for many rows: every sequence of a batch takes one step of its own tape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from models.adapters.controlnet import ControlBatch
-from models.adapters.lora import Mix
+from models.adapters.lora import Mix, Worn
 from models.ahead import Ahead
 from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
+from models.forward import Inputs, forward
 from models.guidance import Guidance
 from models.loras import Loras
 from models.rowwise import RowThreads
 from models.sequence import Kept, Sequence
-from models.tapes import BLEND, COEFFICIENTS, ESTIMATE, HISTORY, SCALE, TIMESTEP, M, Z
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Batch:
     rows: Conditioning  # the same, stacked
     owners: torch.Tensor  # (rows,) the sequence that each row belongs to
     guidance: Guidance
-    inputs: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
+    beside: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
     controls: ControlBatch
     mixes: list[Mix]  # each row's LoRAs
@@ -36,6 +36,21 @@ class _Batch:
     def holds(self, sequences: list[Sequence]) -> bool:
         """Whether these are the same sequences, and none has begun anew."""
         return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
+
+    def inputs(self, lines: torch.Tensor, noise: torch.Tensor | None, loras: Worn | None) -> Inputs:
+        """Of the next forward, before ControlNets have looked at what is shown."""
+        return Inputs(
+            history=self.history,
+            lines=lines,
+            owners=self.owners,
+            guidance=self.guidance,
+            rows=self.rows,
+            beside=self.beside,
+            noise=noise,
+            kept=self.kept,
+            residuals=None,
+            loras=loras,
+        )
 
 
 class Denoiser:
@@ -64,32 +79,24 @@ class Denoiser:
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
         batch = self._assemble(sequences)
-        lines = self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))
-        each = lines[..., None, None, None]
-        x = batch.history[:, 0]
-        inputs = x * each[:, SCALE]
-        if batch.inputs is not None:
-            inputs = torch.cat([inputs, batch.inputs], 1)
-        seen, when = inputs[batch.owners], lines[:, TIMESTEP][batch.owners]
-        residuals = batch.controls.residuals(seen, when, batch.rows, [s.position for s in sequences], self._share)
-        with self._loras.denoising(batch.mixes):
-            [outputs] = self._share(partial(self._predict, seen, when, batch.rows, residuals), seen)
-        m = batch.guidance.combine(outputs)
-        coefficients = lines[:, COEFFICIENTS]
-        batch.history[:, M.start] = m
-        after = torch.einsum("ns,nschw->nchw", coefficients[:, :Z], batch.history)
-        noise = self._noise(sequences)
-        if noise is not None:
-            after = after + coefficients[:, Z, None, None, None] * noise
-        if batch.kept is not None:
-            after = _with_kept(batch.kept, after, each[:, BLEND])
-        p, q = each[:, ESTIMATE].unbind(1)
-        clean = p * x + q * m
+        inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
+        residuals = batch.controls.residuals(inputs.shown, batch.rows, [s.position for s in sequences], self._share)
+        moved, clean = self._forward(replace(inputs, residuals=residuals))
         self._ahead()
-        self._advance(batch, after, clean)
+        self._advance(batch, moved, clean)
         return clean
 
-    def _predict(
+    def _forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(inputs, self._predict)
+
+    def _predict(self, inputs: Inputs) -> torch.Tensor:
+        """The network's answers to all rows, which have their LoRAs on."""
+        seen, when = inputs.shown()
+        with self._loras.denoising(inputs.loras):
+            [outputs] = self._share(partial(self._predict_part, seen, when, inputs.rows, inputs.residuals), seen)
+        return outputs
+
+    def _predict_part(
         self, seen: torch.Tensor, when: torch.Tensor, rows: Conditioning, residuals: Residuals | None, part: slice
     ) -> tuple[torch.Tensor]:
         down, mid = residuals or ((), None)
@@ -105,7 +112,7 @@ class Denoiser:
             return self._batch
         self._batch = None  # before another one takes memory
         owners = [n for n, sequence in enumerate(sequences) for _ in range(sequence.rows)]
-        inputs = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
+        beside = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
         return _Batch(
             sequences=list(sequences),
             history=torch.stack([s.history for s in sequences if s.history is not None]),
@@ -114,7 +121,7 @@ class Denoiser:
             rows=stack(told),
             owners=self._to_device(torch.tensor(owners)),
             guidance=Guidance.of(sequences, self._to_device),
-            inputs=torch.stack(inputs) if inputs else None,
+            beside=torch.stack(beside) if beside else None,
             kept=self._kept(sequences),
             mixes=[s.mix for s in sequences for _ in range(s.rows)],
             controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
@@ -133,6 +140,9 @@ class Denoiser:
             noise=torch.stack([k.noise for k in kept]),
         )
 
+    def _lines(self, sequences: list[Sequence]) -> torch.Tensor:
+        return self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))
+
     def _noise(self, sequences: list[Sequence]) -> torch.Tensor | None:
         """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others."""
         if not any(s.tape.draws[s.position] for s in sequences):
@@ -140,12 +150,9 @@ class Denoiser:
         drawn = [s.noise() if s.tape.draws[s.position] else torch.zeros(s.shape) for s in sequences]
         return self._to_device(torch.stack(drawn))
 
-    def _advance(self, batch: _Batch, after: torch.Tensor, clean: torch.Tensor) -> None:
-        """Shifts the histories by one step and hands each sequence its own, and the clean latents it expects."""
-        before = batch.history
-        kept_x, kept_m = before[:, :HISTORY], before[:, M.start : M.stop - 1]
-        batch.history = torch.cat([after[:, None], kept_x, before[:, :1], kept_m], 1)  # slot M.start is free again
-        batch.parts = list(batch.history)
+    def _advance(self, batch: _Batch, moved: torch.Tensor, clean: torch.Tensor) -> None:
+        """Hands each sequence its history, one step later, and the clean latents it expects."""
+        batch.history, batch.parts = moved, list(moved)
         for sequence, history, estimate in zip(batch.sequences, batch.parts, clean, strict=True):
             sequence.history, sequence.estimate = history, estimate
             sequence.position += 1
@@ -153,8 +160,3 @@ class Denoiser:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._family.device, non_blocking=True)
-
-
-def _with_kept(kept: Kept, after: torch.Tensor, blends: torch.Tensor) -> torch.Tensor:
-    """The latents with what is kept put back, as noisy as they are (blended inpainting, arXiv:2206.02779)."""
-    return (1 - kept.mask) * (blends[:, 0] * kept.clean + blends[:, 1] * kept.noise) + kept.mask * after

@@ -34,13 +34,13 @@ class Conditioning:
     """One row's tensors besides the latents: `context` (tokens, width) and whatever else the network takes by name.
 
     Where `mask` (tokens,), bool, is false the context is padding; None means that there is none. `remembered` is what
-    the denoising network has made of the context (models.attention).
+    the denoising network has made of the context (models.attention), None where it is to be made every time.
     """
 
     context: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
-    remembered: KeysAndValues = field(default_factory=KeysAndValues, init=False, repr=False, compare=False)
+    remembered: KeysAndValues | None = field(default_factory=KeysAndValues, repr=False, compare=False)
     _parts: dict[tuple[int, int], "Conditioning"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, rows: slice) -> "Conditioning":

@@ -1,12 +1,12 @@
 """The LoRAs of one model: found by name, loaded once, and put on its networks row by row."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from models.adapters.lora import TEXT_ENCODERS, UNET, Lora, LoraLayers, Mix, load
+from models.adapters.lora import TEXT_ENCODERS, UNET, Lora, LoraLayers, Mix, Worn, load
 from models.adapters.registry import AdapterCache, AdapterFile, Registry
 from models.parts import AdapterUse
 from models.weights import fitting
@@ -52,11 +52,13 @@ class Loras:
                     stack.enter_context(self._layers[name].applied(rows))
             yield
 
-    @contextmanager
-    def denoising(self, rows: Sequence[Mix]) -> Iterator[None]:
-        """While it lasts the UNet is called with these rows."""
-        with self._layers[UNET].applied(rows):
-            yield
+    def worn(self, rows: Sequence[Mix]) -> Worn | None:
+        """What rows of the UNet have on (models.adapters.lora)."""
+        return self._layers[UNET].worn(rows)
+
+    def denoising(self, worn: Worn | None) -> AbstractContextManager[None]:
+        """While it lasts the UNet is called with rows that have this on."""
+        return self._layers[UNET].on(worn)
 
     def _load(self, file: AdapterFile) -> Lora:
         with fitting(f"the LoRA {file.name!r}"):

@@ -199,24 +199,28 @@ class ControlBatch:
 
     def residuals(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
+        shown: Callable[[], tuple[torch.Tensor, torch.Tensor]],
         rows: Conditioning,
         positions: Sequence[int],
         share: RowThreads,
     ) -> Residuals | None:
         """What is added to the UNet's own residuals at this evaluation, for all rows; None where nothing acts.
 
-        Latents (rows, c, h, w) and timesteps (rows,) as the UNet gets them; `positions` are the images' on their tapes.
+        `shown` gives latents (rows, c, h, w) and timesteps (rows,) as the UNet gets them; `positions` are the images'
+        on their tapes.
         """
+        calls = self._calls(rows, positions)
+        if not calls:
+            return None
+        latents, timesteps = shown()
         sums: list[torch.Tensor] = []
-        for call in self._calls(rows, positions):
+        for call in calls:
             its = latents[call.rows], timesteps[call.rows], _pick(rows, call), call.features
             parts = share(partial(_run, call.net, *its), its[0])
             sums = sums or [part.new_zeros(len(latents), *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
                 total.index_add_(0, call.rows, part * call.weights)
-        return (sums[:-1], sums[-1]) if sums else None
+        return sums[:-1], sums[-1]
 
     def _calls(self, rows: Conditioning, positions: Sequence[int]) -> list[_Call]:
         """The runs at this evaluation: the last one's again, while the same controls act on contexts of one length."""

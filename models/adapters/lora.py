@@ -6,7 +6,7 @@ arXiv:2106.09685; for convolutions with a window LyCORIS' LoCon, arXiv:2309.1485
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,18 @@ class _Stack:
     values: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Worn:
+    """What the rows of a call have on: packed mixes (mixes, numbers), and which of them is whose, (rows,).
+
+    Without an `index` each row has a packed mix of its own.
+    """
+
+    values: Tensor
+    index: Tensor | None
+    layout: tuple[tuple[str, _Slot], ...]
+
+
 class LoraLayers:
     """Puts LoRAs on one network, row by row, while it is called. One thread at a time.
 
@@ -247,41 +259,48 @@ class LoraLayers:
         self._modules = dict(network.named_modules())
         self._stack: _Stack | None = None
         self._rows: list[Mix] = []
-        self._hooks: dict[str, Callable[..., None]] = {}
+        self._worn: Worn | None = None
+        self._hooked: tuple[Worn | None, dict[str, Callable[..., None]]] = (None, {})
+
+    def worn(self, rows: Sequence[Mix]) -> Worn | None:
+        """What rows in this order have on, the last answer again where they are the same; None where no row has any."""
+        mixes = [tuple((lora, w) for lora, w in mix if w and self._name in lora.targets) for mix in rows]
+        if not any(mixes):
+            return None
+        stack = self._stacked(list(dict.fromkeys(mixes)))
+        if self._worn is None or stack is not self._stack or mixes != self._rows:
+            index = torch.tensor([stack.positions[mix] for mix in mixes]).to(self._device, non_blocking=True)
+            gathered = len(mixes) * stack.values[0].nbytes <= GATHERED_BYTES
+            self._worn = Worn(
+                values=stack.values[index] if gathered else stack.values,
+                index=None if gathered else index,
+                layout=tuple(stack.layout.items()),
+            )
+            self._stack, self._rows = stack, mixes
+        return self._worn
+
+    def applied(self, rows: Sequence[Mix]) -> AbstractContextManager[None]:
+        """While it lasts the network is called with rows in this order; see `on`."""
+        return self.on(self.worn(rows))
 
     @contextmanager
-    def applied(self, rows: Sequence[Mix]) -> Iterator[None]:
-        """While it lasts the network is called with these rows, in this order, as the first axis of its inputs.
+    def on(self, worn: Worn | None) -> Iterator[None]:
+        """While it lasts the network is called with rows that have this on, the first axis of its inputs.
 
         A row without LoRAs, or with all its weights 0, gets exactly what it gets without this; where all rows are
         such, nothing is done at all.
         """
-        mixes = [tuple((lora, w) for lora, w in mix if w and self._name in lora.targets) for mix in rows]
-        if not any(mixes):
+        if worn is None:
             yield
             return
-        self._prepare(mixes)
-        handles = [self._modules[path].register_forward_hook(hook) for path, hook in self._hooks.items()]
+        if self._hooked[0] is not worn:
+            self._hooked = worn, {path: _hook(self._modules[path], worn, slot) for path, slot in worn.layout}
+        handles = [self._modules[path].register_forward_hook(hook) for path, hook in self._hooked[1].items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _prepare(self, mixes: list[Mix]) -> None:
-        """The hooks for these rows; the last ones again where the rows are the same."""
-        stack = self._stacked(list(dict.fromkeys(mixes)))
-        if stack is self._stack and mixes == self._rows:
-            return
-        index = torch.tensor([stack.positions[mix] for mix in mixes]).to(self._device, non_blocking=True)
-        values, gathered = stack.values, len(mixes) * stack.values[0].nbytes <= GATHERED_BYTES
-        if gathered:
-            values = values[index]
-        self._hooks = {
-            path: _hook(self._modules[path], *_factors(values, slot), None if gathered else index)
-            for path, slot in stack.layout.items()
-        }
-        self._stack, self._rows = stack, mixes
 
     def _stacked(self, mixes: list[Mix]) -> _Stack:
         old = self._stack
@@ -330,11 +349,9 @@ def _factors(values: Tensor, slot: _Slot) -> tuple[Tensor, Tensor]:
     return down, values[:, slot.middle : slot.end].unflatten(1, (slot.outputs, slot.rank))
 
 
-def _hook(module: nn.Module, down: Tensor, up: Tensor, index: Tensor | None) -> Callable[..., None]:
-    """What adds each row's part to the layer's output, in place.
-
-    `index` (rows,) says which mix is whose; without one `down` and `up` hold a mix for each row already.
-    """
+def _hook(module: nn.Module, worn: Worn, slot: _Slot) -> Callable[..., None]:
+    """What adds each row's part to the layer's output, in place."""
+    index, (down, up) = worn.index, _factors(worn.values, slot)
 
     def rows_of(factors: Tensor) -> Tensor:
         return factors[part()] if index is None else factors[index[part()]]

@@ -210,13 +210,14 @@ def test_rows_of_different_lengths_get_what_each_gets_alone(model, other):
     owners, lengths = [0, 0, 1, 2, 2], [77, 154, 77, 77, 231]
     latents, timesteps, rows = batch_of(model, lengths)
     with torch.inference_mode():
-        down, mid = ControlBatch(controls, owners, [10, 10, 10]).residuals(latents, timesteps, rows, [3, 3, 3], SHARE)
+        down, mid = ControlBatch(controls, owners, [10, 10, 10]).residuals(
+            lambda: (latents, timesteps), rows, [3, 3, 3], SHARE
+        )
         for row, (owner, length) in enumerate(zip(owners, lengths, strict=True)):
             added = {name: value[row : row + 1] for name, value in rows.added.items()}
             own = Conditioning(context=rows.context[row : row + 1, :length], added=added)
-            alone = ControlBatch([controls[owner]], [0], [10]).residuals(
-                latents[row : row + 1], timesteps[row : row + 1], own, [3], SHARE
-            )
+            seen = latents[row : row + 1], timesteps[row : row + 1]
+            alone = ControlBatch([controls[owner]], [0], [10]).residuals(lambda seen=seen: seen, own, [3], SHARE)
             if alone is None:
                 assert not any(part[row].any() for part in (*down, mid))
                 continue
@@ -230,9 +231,9 @@ def test_nothing_runs_where_nothing_acts(other):
     batch = ControlBatch([[late], []], [0, 0, 1], [4, 4])
     latents, timesteps, rows = batch_of("sd15", [77, 77, 77])
     with torch.inference_mode():
-        assert batch.residuals(latents, timesteps, rows, [1, 3], SHARE) is None
-        assert batch.residuals(latents, timesteps, rows, [2, 3], SHARE) is not None
-    assert ControlBatch([[], []], [0, 1], [4, 4]).residuals(latents, timesteps, rows, [0, 0], SHARE) is None
+        assert batch.residuals(lambda: (latents, timesteps), rows, [1, 3], SHARE) is None
+        assert batch.residuals(lambda: (latents, timesteps), rows, [2, 3], SHARE) is not None
+    assert ControlBatch([[], []], [0, 1], [4, 4]).residuals(lambda: (latents, timesteps), rows, [0, 0], SHARE) is None
 
 
 def test_a_hint_is_read_once_and_plans_are_kept(other, monkeypatch):
@@ -243,7 +244,7 @@ def test_a_hint_is_read_once_and_plans_are_kept(other, monkeypatch):
     latents, timesteps, rows = batch_of("sd15", [77, 77])
     with torch.inference_mode():
         for position in range(4):
-            batch.residuals(latents, timesteps, rows, [position], SHARE)
+            batch.residuals(lambda: (latents, timesteps), rows, [position], SHARE)
     assert len(reads) == 1
 
 
@@ -270,7 +271,7 @@ def residuals_of(net: ControlNet, model: str = "sd15") -> torch.Tensor:
     latents, timesteps, rows = batch_of(model, [77])
     with torch.inference_mode():
         batch = ControlBatch([[Control(net=net, hint=torch.ones(3, 128, 128))]], [0], [1])
-        return batch.residuals(latents, timesteps, rows, [0], SHARE)[1]
+        return batch.residuals(lambda: (latents, timesteps), rows, [0], SHARE)[1]
 
 
 @pytest.mark.parametrize("model", MODELS)
