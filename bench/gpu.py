@@ -79,7 +79,7 @@ def measure(networks: "list[Network]", options: "Options", console: Console) -> 
     from bench.turns import Turns
     from models.weights import place
 
-    placement = place(options.device, options.dtype, False)
+    placement = place(options.device, options.dtype)
     ceilings = Ceilings.measure(placement.device, placement.dtype)
     notes = [
         f"Machine: {_device_name(options.device)}; {Machine.here(os.cpu_count() or 1)}.",

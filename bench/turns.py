@@ -74,7 +74,7 @@ class Turns:
         self._options = options
         self._ceilings = ceilings
         self._side = options.side(network)
-        self._placement = place(options.device, options.dtype, False)
+        self._placement = place(options.device, options.dtype)
         self._model = build(network, self._placement.device, options.tiny, options.seed)
         self._flops = Flops.count(self._model.modules, self._side)
         self._request = request_of(RequestClass(self._side, STEPS), options.seed, network.name)

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 
 from models.adapters.controlnet import ControlBatch
-from models.adapters.lora import Mix, Worn
-from models.ahead import Ahead
+from models.adapters.lora import UNET, Mix, Worn
+from models.ahead import Ahead, Tell
+from models.captured import Captured, Graph
+from models.compiled import Compiled
 from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
 from models.forward import Inputs, forward
@@ -56,12 +58,25 @@ class _Batch:
 class Denoiser:
     """Steps batches of one latent shape through one family's network."""
 
-    def __init__(self, family: Family, loras: Loras):
+    def __init__(self, family: Family, loras: Loras, on_step: Tell = lambda breadth, seconds: None):
+        """`on_step` hears of each step how broad it was and how many seconds it took."""
         self._family = family
         self._loras = loras
         self._share = RowThreads(family.device, torch.get_num_threads())
-        self._ahead = Ahead(family.device)
+        self._ahead = Ahead(family.device, on_step)
         self._batch: _Batch | None = None
+        self._plain = partial(forward, predict=self._predict)
+        self.captured = self._faster()
+
+    def _faster(self) -> Captured | None:
+        placement = self._family.placement
+        record = partial(Graph, torch.cuda.graph_pool_handle()) if placement.graphs else None
+        if placement.compiled is not None:
+            compiled = Compiled(self._family.networks[UNET], placement.compiled)
+            return Captured(
+                self._plain, record, partial(forward, predict=partial(self._predict_by, compiled)), compiled
+            )
+        return Captured(self._plain, record) if record else None
 
     @torch.inference_mode()
     def step(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -73,21 +88,21 @@ class Denoiser:
         try:
             return self._step(sequences)
         except BaseException:
+            if self.captured is not None:
+                self.captured.clear()  # perhaps there was no room
             for sequence, state in zip(sequences, states, strict=True):
                 sequence.generator.set_state(state)
             raise
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
-        batch = self._assemble(sequences)
-        inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
-        residuals = batch.controls.residuals(inputs.shown, batch.rows, [s.position for s in sequences], self._share)
-        moved, clean = self._forward(replace(inputs, residuals=residuals))
-        self._ahead()
+        with self._ahead.step(sum(sequence.breadth for sequence in sequences)):
+            batch = self._assemble(sequences)
+            inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
+            positions = [sequence.position for sequence in sequences]
+            residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
+            moved, clean = (self.captured or self._plain)(replace(inputs, residuals=residuals))
         self._advance(batch, moved, clean)
         return clean
-
-    def _forward(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(inputs, self._predict)
 
     def _predict(self, inputs: Inputs) -> torch.Tensor:
         """The network's answers to all rows, which have their LoRAs on."""
@@ -95,6 +110,11 @@ class Denoiser:
         with self._loras.denoising(inputs.loras):
             [outputs] = self._share(partial(self._predict_part, seen, when, inputs.rows, inputs.residuals), seen)
         return outputs
+
+    def _predict_by(self, compiled: Compiled, inputs: Inputs) -> torch.Tensor:
+        """The compiled network's answers to all rows, none of which has LoRAs on."""
+        with compiled.used():
+            return self._family.predict(*inputs.shown(), inputs.rows, inputs.residuals)
 
     def _predict_part(
         self, seen: torch.Tensor, when: torch.Tensor, rows: Conditioning, residuals: Residuals | None, part: slice
@@ -144,9 +164,14 @@ class Denoiser:
         return self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))
 
     def _noise(self, sequences: list[Sequence]) -> torch.Tensor | None:
-        """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others."""
+        """Fresh noise (n, c, h, w) for whoever's solver draws it at this step, zeros for the others.
+
+        None where nobody's does; but what is captured has a place for it, whether anybody's does or not.
+        """
         if not any(s.tape.draws[s.position] for s in sequences):
-            return None
+            if self.captured is None:
+                return None
+            return torch.zeros((), device=self._family.device).expand(len(sequences), *sequences[0].shape)
         drawn = [s.noise() if s.tape.draws[s.position] else torch.zeros(s.shape) for s in sequences]
         return self._to_device(torch.stack(drawn))
 
@@ -159,4 +184,6 @@ class Denoiser:
         self._batch = batch if any(sequence.denoising for sequence in batch.sequences) else None
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._family.device.type == "cuda":
+            tensor = tensor.pin_memory()  # a copy from elsewhere would be waited for
         return tensor.to(self._family.device, non_blocking=True)

@@ -74,7 +74,7 @@ class Engine:
         self._autoencoder = family.autoencoder
         adapters = adapters or Adapters(family)
         self._preparation = Preparation(family, adapters)
-        self._denoiser = Denoiser(family, adapters.loras)
+        self._denoiser = Denoiser(family, adapters.loras, self.pace.follow)
         self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
         self._bounds = Bounds(max_waiting=max_waiting, max_wait_s=max_wait_s)
         self._lock = threading.Condition()  # guards the next three

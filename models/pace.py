@@ -7,7 +7,7 @@ import numpy as np
 
 _KEPT = 0.95  # of what earlier turns told: the last twenty or so count
 _SEED_TURNS = 10  # for so many turns the first measurement counts
-_STRIDE = 0.05  # the part by which a turn moves what is known of forwards as broad as its own
+_STRIDE = 0.05  # the part by which a forward moves what is known of those as broad as it
 
 
 class Pace:
@@ -15,8 +15,8 @@ class Pace:
 
     The curve matters as much as the pace: a GPU takes hardly longer for eight rows than for one, a processor eight
     times as long. It is measured when an engine warms up, perhaps on a machine that is busy starting, and follows the
-    turns from then on. Before `learn` each row position is taken to cost the same, and how much is not known before the
-    first turn.
+    forwards from then on. Before `learn` each row position is taken to cost the same, and how much is not known before
+    the first turn.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,15 @@ class Pace:
         expected = self.forward_s(like) / like * (breadth + beside)
         self._took = _KEPT * self._took + took_s
         self._expected = _KEPT * self._expected + expected
-        if len(self._breadths) and not beside:
-            self._follow(breadth, took_s)
 
-    def _follow(self, breadth: float, took_s: float) -> None:
-        """Moves the curve beside this breadth, by a fixed part: it is the median of the turns that counts, so a single
-        slow one, as when a sampler is first used, is as good as nothing."""
+    def follow(self, breadth: float, took_s: float) -> None:
+        """A forward of that breadth has taken so long.
+
+        Moves the curve beside it, by a fixed part: it is the median of the forwards that counts, so a single slow one,
+        as when a sampler is first used, is as good as nothing.
+        """
+        if not len(self._breadths):
+            return
         near = np.array([np.interp(breadth, self._breadths, hat) for hat in np.eye(len(self._breadths))])
         moved = self._seconds * np.exp(_STRIDE * near * np.sign(took_s - self.forward_s(breadth)))
         self._told = np.where(near > 0, moved, self._told)

@@ -59,7 +59,7 @@ class Upscaler:
         self.card, self._tile = card, tile
         # bfloat16, which `auto` means on a GPU, is coarser than the 256 levels of a pixel.
         self._chosen = dtype != "auto"
-        self._placement = place(device, dtype if self._chosen else "float32", offload=False)
+        self._placement = place(device, dtype if self._chosen else "float32")
         self._networks = {name: self._placed(load(Path(source))) for name, source in sources.items()}
 
     def upscale(

@@ -52,12 +52,18 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which device the networks run on, and in which precision."""
+    """Which device the networks run on, in which precision, and how.
+
+    With `graphs` the denoising network's forwards are captured (models.captured); where a folder is given they are
+    compiled, and what was compiled is kept there (models.compiled).
+    """
 
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
-    offload: bool
+    offload: bool = False
+    graphs: bool = False
+    compiled: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,9 @@ class Files:
     commit: str | None = None
 
 
-def place(device: str, dtype: str, offload: bool) -> Placement:
+def place(
+    device: str, dtype: str, *, offload: bool = False, graphs: bool = False, compiled: Path | None = None
+) -> Placement:
     """The placement that these settings mean on this machine."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -94,9 +102,18 @@ def place(device: str, dtype: str, offload: bool) -> Placement:
         raise InvalidRequest("dtype", f"`{dtype}` is not a precision; allowed: auto, {', '.join(DTYPES)}")
     if offload and device == "cpu":
         raise InvalidRequest("offload", "offload spares the memory of a GPU and the device is the CPU; set it to false")
+    if graphs and device != "cuda":
+        raise InvalidRequest("graphs", f"graphs are CUDA's and the device is `{device}`; set it to false")
     # float16 ends at 65504, and the activations of Stable Diffusion's decoders go beyond: black pictures.
     vae_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return Placement(device=torch.device(device), dtype=DTYPES[dtype], vae_dtype=vae_dtype, offload=offload)
+    return Placement(
+        device=torch.device(device),
+        dtype=DTYPES[dtype],
+        vae_dtype=vae_dtype,
+        offload=offload,
+        graphs=graphs,
+        compiled=compiled,
+    )
 
 
 def load(source: Source, names: Mapping[str, type], placement: Placement) -> Components:

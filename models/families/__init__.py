@@ -1,6 +1,7 @@
 """The architectures: one module each, whose name is its registration."""
 
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
 from models.errors import InvalidRequest
@@ -19,6 +20,8 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
+    graphs: bool = False,
+    compiled: Path | None = None,
 ) -> Family:
     """Loads a model's weights straight to the device. Takes seconds to minutes.
 
@@ -27,4 +30,5 @@ def load(
     if family not in NAMES:
         raise InvalidRequest("family", f"unknown family {family!r}; one of: {', '.join(NAMES)}")
     module = import_module(f"{__name__}.{family}")
-    return module.load(Source(location=source, revision=revision, config=config), place(device, dtype, offload))
+    placement = place(device, dtype, offload=offload, graphs=graphs, compiled=compiled)
+    return module.load(Source(location=source, revision=revision, config=config), placement)

@@ -31,7 +31,7 @@ class Subject:
 
     @property
     def placement(self) -> Placement:
-        return place(self.device, "auto", False)
+        return place(self.device, "auto")
 
     def settle(self) -> None:
         for name, module in self.components.modules.items():

@@ -40,22 +40,22 @@ def test_turns_that_take_longer_than_measured_correct_it():
     assert pace.seconds_per_work(512) == pytest.approx(2 * 0.020 / 512, rel=0.05)
 
 
-def test_the_curve_follows_the_turns_where_it_was_measured_wrongly():
+def test_the_curve_follows_the_forwards_where_it_was_measured_wrongly():
     pace = learnt()
     for _ in range(100):
-        pace.note(4096, 0, 0.060)
-        pace.note(640, 0, 0.050)
+        pace.follow(4096, 0.060)
+        pace.follow(640, 0.050)
     assert pace.forward_s(4096) == pytest.approx(0.060, rel=0.1)
     assert pace.forward_s(640) == pytest.approx(0.050, rel=0.1)
     assert pace.forward_s(256) == 0.020  # of which nothing new is known
 
 
-def test_a_single_slow_turn_and_work_beside_a_forward_leave_the_curve_alone():
+def test_a_single_slow_forward_and_work_beside_one_leave_the_curve_alone():
     pace = learnt()
     for _ in range(30):
-        pace.note(512, 0, 0.020)
+        pace.follow(512, 0.020)
         pace.note(512, 512, 0.040)
-    pace.note(512, 0, 10.0)
+    pace.follow(512, 10.0)
     assert pace.forward_s(512) == pytest.approx(0.020, rel=0.06)
 
 

@@ -77,6 +77,7 @@ class Device:
             breadth = sum(picture.breadth for picture in batch)
             took = truly.forward_s(breadth)
             known.note(breadth, 0, took)
+            known.follow(breadth, took)
             self.now += took
             self.batches.append(batch)
             for picture in batch:

@@ -444,6 +444,5 @@ def test_on_a_gpu_weights_are_channels_last_and_offloading_keeps_only_the_unet(o
 
 
 def test_a_placement_is_plain_data():
-    assert place("cpu", "auto", False) == Placement(
-        device=torch.device("cpu"), dtype=torch.float32, vae_dtype=torch.float32, offload=False
-    )
+    cpu = torch.device("cpu")
+    assert place("cpu", "auto") == Placement(device=cpu, dtype=torch.float32, vae_dtype=torch.float32)

@@ -1,0 +1,211 @@
+"""Captured forwards: the numbers that the plain ones give, whoever joins or leaves, and what is not captured."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models import captured
+from models.captured import SIZES, WORTH, Captured, Outputs, Record
+from models.compiled import SHAPES
+from models.engine import Engine
+from models.errors import GenerationFailed, InvalidRequest
+from models.forward import Inputs, forward, leaves, planted
+from models.request import GenerationRequest
+from models.weights import place
+from tests.models.conftest import drawn, new_engine
+from tests.models.recorded import Recorded
+from tests.models.test_mixture import engine as mixed_engine
+from tests.models.test_mixture import mixture
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The stand-in hears the thread that calls."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def capturing(engine: Engine, record: Record = Recorded) -> Captured:
+    """The engine's forwards are captured from now on."""
+    denoiser = engine._denoiser
+    denoiser.captured = Captured(denoiser._plain, record)
+    return denoiser.captured
+
+
+def ask(seed: int, **options) -> GenerationRequest:
+    asked = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 8, "sampler": "dpmpp_2m"}
+    return GenerationRequest(model="sd15", seed=seed, **asked | options)
+
+
+def pictures(engine: Engine, requests: list[GenerationRequest]) -> list[np.ndarray]:
+    return [drawn(one.data) for [one] in engine.generate(requests)]
+
+
+def test_everything_the_craft_knows_is_drawn_as_it_is_without():
+    requests = list(mixture().values())
+    plain, faster = mixed_engine(), mixed_engine()
+    for engine in (plain, faster):
+        engine.batcher.set_cap((4, 16, 16), 64)
+    made = capturing(faster)
+    expected = pictures(plain, requests)
+    for _ in range(WORTH + 1):
+        found = pictures(faster, requests)
+    assert made.rows > 100  # were replayed
+    for name, ours, theirs in zip(mixture(), found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1, name
+
+
+def test_who_joins_and_leaves_changes_nothing_for_the_others():
+    """Batches of many sizes on one recording after the other, with what the one before has left in their places."""
+    requests = [
+        ask(seed, steps=5 + 7 * seed % 11, guidance_scale=(7.5, 1.0, 3.0)[seed % 3], sampler=sampler)
+        for seed, sampler in enumerate(("dpmpp_2m", "euler_a", "heun", "lcm", "unipc", "ddim", "lms", "euler"))
+    ]
+    expected = [pictures(new_engine("sd15"), [request])[0] for request in requests]
+    engine = new_engine("sd15")
+    made = capturing(engine)
+    engine.batcher.set_cap(SHAPE, 7)  # not all of them together
+    for _ in range(3):
+        found = pictures(engine, requests)
+    assert made.rows > 100
+    assert made.padded
+    for request, ours, theirs in zip(requests, found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1, request.sampler
+
+
+def test_a_picture_that_has_left_is_not_drawn_over_by_those_who_stay():
+    """It waits for the decoder, and the answer to the next replay lies where its own did."""
+    engine = new_engine("sd15")
+    made = capturing(engine)
+    engine.generate([ask(seed, steps=2 * WORTH) for seed in range(2)])
+    events: list = []
+    engine._delivery.take = lambda live=(): []
+    for seed, steps in ((7, 4), (8, 9)):
+        engine.submit(ask(seed, steps=steps), events.append, progress=False)
+    while len(engine._delivery.queue) < 2:
+        engine.step()
+    assert made.rows
+    del engine._delivery.take
+    while len(events) < 2:
+        engine.step()
+    found = {event.seed: drawn(event.data) for event in events}
+    for seed, steps in ((7, 4), (8, 9)):
+        [alone] = pictures(new_engine("sd15"), [ask(seed, steps=steps)])
+        assert np.abs(found[seed] - alone).max() <= 1
+
+
+def test_kinds_are_captured_once_they_have_come_often_enough():
+    calls: list[int] = []
+
+    def counted(call: Callable[[], Outputs]) -> Recorded:
+        calls.append(1)
+        return Recorded(call)
+
+    engine = new_engine("sd15")
+    made = capturing(engine, counted)
+    engine.generate([ask(1, steps=WORTH - 1)])
+    assert not calls
+    engine.generate([ask(1, steps=3)])
+    engine.generate([ask(1, steps=9, sampler="euler_a", guidance_scale=3.0, negative_prompt="grey")])
+    assert len(calls) == 1  # samplers, guidance and prompts are numbers in the same places
+    assert (made.rows, made.padded) == (2 * (3 + 9), 0)
+    engine.generate([ask(1, steps=4, width=96)])
+    assert len(calls) == 2
+
+
+def fails(call: Callable[[], Outputs]) -> Recorded:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_what_cannot_be_captured_is_drawn_as_it_is(caplog: pytest.LogCaptureFixture):
+    [expected] = pictures(new_engine("sd15"), [ask(3)])
+    engine = new_engine("sd15")
+    made = capturing(engine, fails)
+    with caplog.at_level(logging.WARNING):
+        [found] = pictures(engine, [ask(3)])
+    assert (found == expected).all()
+    assert not made.rows
+    assert [record.getMessage() for record in caplog.records] == [
+        "a forward of 2 rows stays as it is: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_step_that_fails_gives_up_what_was_made(monkeypatch: pytest.MonkeyPatch):
+    """It may have failed for want of the memory that recordings take."""
+    engine = new_engine("sd15")
+    made = capturing(engine)
+    engine.generate([ask(1)])
+    assert made._kinds
+
+    def failing(*given: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(engine.family), "predict", failing)
+    with pytest.raises(GenerationFailed, match="no room"):
+        engine.generate([ask(2, width=96)])
+    assert not made._kinds
+
+
+def inputs_of(rows: int) -> Inputs:
+    """Of a forward of an unguided picture, as if there were so many of it."""
+    engine = new_engine("sd15")
+    found: list[Inputs] = []
+
+    def keeping(inputs: Inputs) -> Outputs:
+        found.append(inputs)
+        return forward(inputs, engine._denoiser._predict)
+
+    engine._denoiser._plain = keeping
+    engine.generate([ask(1, steps=2, guidance_scale=1.0)])
+    return planted(found[0], {name: tensor.repeat_interleave(rows, 0) for name, tensor in leaves(found[0])})
+
+
+def zeros(inputs: Inputs) -> Outputs:
+    return torch.zeros_like(inputs.history), torch.zeros_like(inputs.history[:, 0])
+
+
+def test_forwards_that_are_too_large_are_made_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    inputs = inputs_of(SIZES[-1] + 1)
+    made = Captured(zeros, Recorded)
+    for _ in range(2 * WORTH):
+        made(inputs)
+    assert not made.rows
+    one = inputs_of(1)
+    monkeypatch.setattr(captured, "BYTES", sum(tensor.nbytes for _, tensor in leaves(one)) - 1)
+    for _ in range(2 * WORTH):
+        made(one)
+    assert not made.rows
+    monkeypatch.setattr(captured, "BYTES", captured.BYTES + 1)
+    for _ in range(2 * WORTH):
+        made(one)
+    assert made.rows == WORTH + 1
+
+
+def test_only_so_many_kinds_are_remembered():
+    made, inputs = Captured(zeros, Recorded), inputs_of(1)
+    for side in range(1, SHAPES + 10):
+        for _ in range(WORTH):
+            made(replace(inputs, history=inputs.history[..., :side].repeat(1, 1, 1, 1, 1 + side)))
+    assert len(made._kinds) == SHAPES
+
+
+def test_leaves_and_planted_are_each_others_inverse():
+    inputs = inputs_of(3)
+    tensors = dict(leaves(inputs))
+    assert ".rows.context" in tensors
+    twice = planted(inputs, {name: 2 * tensor for name, tensor in tensors.items()})
+    assert all(torch.equal(tensor, 2 * tensors[name]) for name, tensor in leaves(twice))
+
+
+def test_graphs_want_a_gpu():
+    with pytest.raises(InvalidRequest) as refused:
+        place("cpu", "auto", graphs=True)
+    assert refused.value.field == "graphs"
