@@ -8,19 +8,19 @@ import logging
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from models.compiled import SHAPES, Compiled
+from models.compiled import MOST_ROWS, Compiled, Package
 from models.forward import Inputs, leaves, planted
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows; a forward of more is made as it is
 WORTH = 3  # forwards of one kind before it is captured, which takes as long as several of them
-LASTING = 30  # and before it is compiled, which takes minutes: not in the warm-up, whose measurements it would disturb
+LASTING = 30  # and before it is compiled: not in the warm-up, whose measurements that would disturb
+KINDS = 64  # that are remembered; the least recently used one is given up
 BYTES = 2**30  # that the inputs of one may take; many large LoRAs take more, and are not captured
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -37,6 +37,7 @@ class Recording(Protocol):
 
 Record = Callable[[Callable[[], Outputs]], Recording]
 Run = Callable[[Inputs], Outputs]
+Fused = Callable[[Package, Inputs], Outputs]
 
 
 class Again:
@@ -107,7 +108,8 @@ class _Kind:
     asked: int = 0
     refused: bool = False
     place: _Place | None = None
-    compiling: Future[None] | None = None
+    where: Inputs | None = None  # the place, as a forward takes it
+    package: Package | None = None
     compiled: bool = False  # the recording is one of the compiled network
     recording: Recording | None = None
 
@@ -115,12 +117,12 @@ class _Kind:
 class Captured:
     """Runs forwards as `plain` does, faster where they come often. One thread at a time.
 
-    Without `record` nothing is captured. `compiled` makes `fused` run what it says, which knows nothing of LoRAs; while
-    it is at work nothing is captured, since it uses the GPU as it likes. `rows` and `padded` count the rows that were
-    wanted, and those that were computed beside them for nothing.
+    Without `record` nothing is captured. `fused` runs them with one of the packages that `compiled` has, which know
+    nothing of LoRAs. `rows` and `padded` count the rows that were wanted, and those that were computed beside them for
+    nothing.
     """
 
-    def __init__(self, plain: Run, record: Record | None, fused: Run | None = None, compiled: Compiled | None = None):
+    def __init__(self, plain: Run, record: Record | None, fused: Fused | None = None, compiled: Compiled | None = None):
         self._plain, self._fused = plain, fused
         self._record = record
         self._compiled = compiled
@@ -146,10 +148,6 @@ class Captured:
         """Gives up all that was made, and its memory."""
         self._kinds.clear()
 
-    def settled(self) -> bool:
-        """Whether nothing is being compiled."""
-        return self._compiled is None or self._compiled.idle
-
     def _kind(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> _Kind | None:
         """None where forwards like this are always made as they are."""
         size = _size(len(inputs.owners))
@@ -159,37 +157,37 @@ class Captured:
         key = size, shapes, None if inputs.loras is None else inputs.loras.layout
         kind = self._kinds.setdefault(key, _Kind())
         self._kinds.move_to_end(key)
-        if len(self._kinds) > SHAPES:
+        if len(self._kinds) > KINDS:
             self._kinds.popitem(last=False)
         return kind
 
     def _advance(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> None:
         """Makes of a kind what it is time for."""
         kind.asked += 1
-        if kind.refused or kind.compiled or kind.asked < WORTH:
+        finished = kind.compiled if self._compiled is not None else kind.recording is not None
+        if kind.refused or finished or kind.asked < WORTH:
             return
         try:
-            self._make(kind, inputs, tensors)
+            if kind.where is None:
+                kind.place = _Place.like(tensors, _size(len(inputs.owners)))
+                kind.place.fill(tensors)
+                kind.where = planted(inputs, kind.place.tensors)
+            self._make(kind, kind.where)
         except RuntimeError as fault:  # out of memory, or an operation that cannot be captured
             _log.warning("a forward of %d rows stays as it is: %s", len(inputs.owners), fault)
-            kind.place = kind.recording = None
+            kind.place = kind.where = kind.recording = None
             kind.refused = True
 
-    def _make(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> None:
-        if kind.place is None:
-            kind.place = _Place.like(tensors, _size(len(inputs.owners)))
-            kind.place.fill(tensors)
-        where = planted(inputs, kind.place.tensors)
-        lasting = kind.asked >= LASTING and inputs.loras is None
-        if lasting and self._compiled is not None and self._fused is not None and kind.compiling is None:
-            kind.compiling = self._compiled.prepare(partial(self._fused, where))
-        if not self.settled():
-            return
-        if kind.compiling is not None and kind.compiling.exception() is None and self._fused is not None:
-            kind.recording = (self._record or Again)(partial(self._fused, where))
-            kind.compiled = True
-        elif kind.recording is None and self._record is not None:
+    def _make(self, kind: _Kind, where: Inputs) -> None:
+        if kind.recording is None and self._record is not None:
             kind.recording = self._record(partial(self._plain, where))
+        if self._compiled is None or self._fused is None or where.loras is not None:
+            return
+        if kind.asked == LASTING and len(where.owners) <= MOST_ROWS:
+            kind.package = self._compiled.package(partial(self._plain, where))
+        if kind.package is not None and kind.package.ready():
+            kind.recording = (self._record or Again)(partial(self._fused, kind.package, where))
+            kind.compiled = True
 
 
 def _size(rows: int) -> int:

@@ -8,8 +8,8 @@ import torch
 from models.adapters.controlnet import ControlBatch
 from models.adapters.lora import UNET, Mix, Worn
 from models.ahead import Ahead, Tell
-from models.captured import Captured, Graph
-from models.compiled import Compiled
+from models.captured import Captured, Graph, Outputs
+from models.compiled import Compiled, Package
 from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
 from models.forward import Inputs, forward
@@ -73,9 +73,7 @@ class Denoiser:
         record = partial(Graph, torch.cuda.graph_pool_handle()) if placement.graphs else None
         if placement.compiled is not None:
             compiled = Compiled(self._family.networks[UNET], placement.compiled)
-            return Captured(
-                self._plain, record, partial(forward, predict=partial(self._predict_by, compiled)), compiled
-            )
+            return Captured(self._plain, record, self._fused, compiled)
         return Captured(self._plain, record) if record else None
 
     @torch.inference_mode()
@@ -111,10 +109,10 @@ class Denoiser:
             [outputs] = self._share(partial(self._predict_part, seen, when, inputs.rows, inputs.residuals), seen)
         return outputs
 
-    def _predict_by(self, compiled: Compiled, inputs: Inputs) -> torch.Tensor:
-        """The compiled network's answers to all rows, none of which has LoRAs on."""
-        with compiled.used():
-            return self._family.predict(*inputs.shown(), inputs.rows, inputs.residuals)
+    def _fused(self, package: Package, inputs: Inputs) -> Outputs:
+        """A forward with a package for its network, of rows that have no LoRAs on."""
+        with Compiled.used(package):
+            return forward(inputs, lambda inputs: self._family.predict(*inputs.shown(), inputs.rows, inputs.residuals))
 
     def _predict_part(
         self, seen: torch.Tensor, when: torch.Tensor, rows: Conditioning, residuals: Residuals | None, part: slice

@@ -49,7 +49,10 @@ class Conditioning:
         if bounds not in self._parts:
             added = {name: tensor[rows] for name, tensor in self.added.items()}
             mask = None if self.mask is None else self.mask[rows]
-            self._parts[bounds] = Conditioning(context=self.context[rows], added=added, mask=mask)
+            remembered = None if self.remembered is None else KeysAndValues()
+            self._parts[bounds] = Conditioning(
+                context=self.context[rows], added=added, mask=mask, remembered=remembered
+            )
         return self._parts[bounds]
 
 
@@ -138,9 +141,9 @@ def run_unet(
     """
     down, mid = residuals or (None, None)
     return unet(
-        latents.to(unet.dtype),
-        timesteps,
-        rows.context,
+        sample=latents.to(unet.dtype),
+        timestep=timesteps,
+        encoder_hidden_states=rows.context,
         encoder_attention_mask=rows.mask,
         added_cond_kwargs=dict(rows.added),
         down_block_additional_residuals=down,

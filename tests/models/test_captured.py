@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from models import captured
-from models.captured import SIZES, WORTH, Captured, Outputs, Record
-from models.compiled import SHAPES
+from models.captured import KINDS, SIZES, WORTH, Captured, Outputs, Record
 from models.engine import Engine
 from models.errors import GenerationFailed, InvalidRequest
 from models.forward import Inputs, forward, leaves, planted
@@ -191,10 +190,10 @@ def test_forwards_that_are_too_large_are_made_as_they_are(monkeypatch: pytest.Mo
 
 def test_only_so_many_kinds_are_remembered():
     made, inputs = Captured(zeros, Recorded), inputs_of(1)
-    for side in range(1, SHAPES + 10):
+    for side in range(1, KINDS + 10):
         for _ in range(WORTH):
             made(replace(inputs, history=inputs.history[..., :side].repeat(1, 1, 1, 1, 1 + side)))
-    assert len(made._kinds) == SHAPES
+    assert len(made._kinds) == KINDS
 
 
 def test_leaves_and_planted_are_each_others_inverse():
