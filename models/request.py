@@ -254,7 +254,7 @@ class EffectiveRequest(GenerationRequest):
         limits.SAMPLES.check("samples", self.samples)
         limits.VARIATION_STRENGTH.check("variation_strength", self.variation_strength)
         limits.CLIP_SKIP.check("clip_skip", self.clip_skip)
-        limits.DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
+        limits.check_strength("denoise_strength", self.denoise_strength, self.steps)
         limits.MASK_BLUR.check("mask_blur", self.mask_blur)
         limits.MASK_GROW.check("mask_grow", self.mask_grow)
         limits.MASK_PADDING.check("mask_padding", self.mask_padding)
@@ -308,6 +308,8 @@ class EffectiveRequest(GenerationRequest):
 
     def _check_size(self, card: ModelCard) -> None:
         if card.upscaling:
+        if self.hires is not None:
+            limits.check_strength("hires.denoise_strength", self.hires.denoise_strength, self.hires.steps or self.steps)
             card.upscaling.check(self, card.max_pixels)
             return
         limits.check_side("width", self.width)
