@@ -59,6 +59,7 @@ class CardDefaults(Strict):
     guidance_scale: float | None = None
     sampler: str | None = None
     schedule: str | None = None
+    guidance_input: bool | None = None
     tasks: tuple[str, ...] | None = None
 
 

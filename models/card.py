@@ -11,13 +11,16 @@ from models.upscaling import UPSCALING, Upscaling
 
 TASKS = ("txt2img", "img2img", "inpaint")
 INPAINTING_CHANNELS = 9  # latents, mask and masked picture: a UNet that does nothing else
+_LATENT_CONSISTENCY = {"steps": 4, "guidance_scale": 8.5, "sampler": "lcm"}  # of LatentConsistencyModelPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """A model's name, family, native size in pixels, limits and default parameters.
 
-    The size of a model that makes pictures larger is that of its results; it has `upscaling` and no other task.
+    `guidance_input` says that the network takes the guidance scale as an input and needs no unconditional row, as
+    latent consistency models do (arXiv:2310.04378). The size of a model that makes pictures larger is that of its
+    results; it has `upscaling` and no other task.
     """
 
     name: str
@@ -29,6 +32,7 @@ class ModelCard:
     guidance_scale: float = 7.5
     sampler: str = "dpmpp_2m"
     schedule: str = "karras"
+    guidance_input: bool = False
     tasks: tuple[str, ...] = TASKS
     upscaling: Upscaling | None = None
 
@@ -37,8 +41,9 @@ class ModelCard:
         """The card of a model; the native size comes from `defaults` or from the source folder's own configuration.
 
         `defaults` may set any field of the card but name and family; `max_pixels` is four times the native area
-        unless said. Raises InvalidRequest where the source is not a local diffusers folder and no width is given, and
-        for tasks that are not the family's.
+        unless said. With `guidance_input` the others are those of diffusers' pipeline for such models. Raises
+        InvalidRequest where the source is not a local diffusers folder and no width is given, and for tasks that are
+        not the family's.
         """
         upscaling = UPSCALING.get(family)
         values = dict(defaults or {}) if upscaling is None else {**upscaling.defaults, **(defaults or {})}
@@ -46,8 +51,13 @@ class ModelCard:
         if "width" not in values:
             values["width"] = _native_side(Path(source))
         values.setdefault("height", values["width"])
-        if _input_channels(Path(source)) == INPAINTING_CHANNELS:
+        unet = _unet(Path(source))
+        if unet.get("in_channels") == INPAINTING_CHANNELS:
             values.setdefault("tasks", ("inpaint",))
+        if upscaling is None:  # the latent upscaler's network has the same input for something else
+            values.setdefault("guidance_input", unet.get("time_cond_proj_dim") is not None)
+        if values.get("guidance_input"):
+            values = {**_LATENT_CONSISTENCY, **values}
         values.setdefault("tasks", own)
         if not set(values["tasks"]) <= set(own):
             raise InvalidRequest("defaults.tasks", f"a model of the family {family} does {', '.join(own)}")
@@ -62,10 +72,10 @@ class ModelCard:
         return card
 
 
-def _input_channels(folder: Path) -> int | None:
-    """The channels that the UNet takes, None where the source is no local diffusers folder."""
+def _unet(folder: Path) -> dict[str, Any]:
+    """The UNet's configuration, empty where the source is no local diffusers folder."""
     config = folder / "unet" / "config.json"
-    return json.loads(config.read_text())["in_channels"] if config.is_file() else None
+    return json.loads(config.read_text()) if config.is_file() else {}
 
 
 def _native_side(folder: Path) -> int:

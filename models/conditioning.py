@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from models.family import Conditioning, Embedding, Encoding, Family
+from models.family import Conditioning, Embedding, Encoding, Family, with_guidance
 from models.prompt import PromptReport
 from models.request import EffectiveRequest
 from models.script import Run, Script, write
@@ -101,7 +101,7 @@ class Conditioner:
             reports.setdefault(line.field, []).append(longest)
             if line.zeros:
                 embeddings = [(first, _zeros(embedding)) for first, embedding in embeddings]
-            rows.append(Row(self._timeline(embeddings, script.sizes), line.weight))
+            rows.append(Row(self._timeline(embeddings, script), line.weight))
         return Encoded(rows, {field: reduce(add, parts) for field, parts in reports.items()})
 
     def _embedding(self, wording: Wording) -> Embedding:
@@ -109,11 +109,14 @@ class Conditioner:
         return self._embeddings[wording.identity]
 
     def _timeline(
-        self, embeddings: list[tuple[int, Embedding]], sizes: Sequence[tuple[int, tuple[int, int]]]
+        self, embeddings: list[tuple[int, Embedding]], script: Script
     ) -> tuple[tuple[int, Conditioning], ...]:
-        """Both timelines as one."""
-        changes = sorted({first for first, _ in embeddings} | {first for first, _ in sizes})
-        return tuple((first, self._family.condition(_at(embeddings, first), *_at(sizes, first))) for first in changes)
+        """The embeddings' timeline and that of the sizes as one."""
+        changes = sorted({first for first, _ in (*embeddings, *script.sizes)})
+        told = [self._family.condition(_at(embeddings, first), *_at(script.sizes, first)) for first in changes]
+        if width := self._family.guidance_width:
+            told = [with_guidance(each, script.guidance_scale, width) for each in told]
+        return tuple(zip(changes, told, strict=True))
 
 
 def stack(rows: Sequence[Conditioning]) -> Conditioning:

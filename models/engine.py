@@ -65,7 +65,7 @@ class Engine:
         max_wait_s: float = math.inf,
         adapters: Adapters | None = None,
     ):
-        _check_tasks(family, card)
+        _check_card(family, card)
         self.family = family
         self.card = card
         self.revision = family.revision
@@ -375,6 +375,11 @@ def host(make: Callable[[], Engine]) -> Engine:
     return made.result()
 
 
-def _check_tasks(family: Family, card: ModelCard) -> None:
+def _check_card(family: Family, card: ModelCard) -> None:
+    """What a card cannot read where the weights are not in a folder here is said in its defaults."""
     if family.takes_mask and card.tasks != ("inpaint",):
         raise InvalidRequest("defaults.tasks", f"the UNet of {card.name} is one for inpainting alone: say [inpaint]")
+    if card.guidance_input != (family.guidance_width > 0):
+        does, say = ("takes", "true") if family.guidance_width else ("does not take", "false")
+        reason = f"the UNet of {card.name} {does} the guidance scale as an input: say {say}"
+        raise InvalidRequest("defaults.guidance_input", reason)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.nn.functional import pad
 
 from models.attention import KeysAndValues
 from models.autoencoder import Autoencoder
@@ -78,6 +79,8 @@ class Family(Protocol):
     scheduler_config: Mapping[str, Any]
     takes_mask: bool
     """Whether the network itself takes a mask and the masked picture's latents beside its own (inpainting UNets)."""
+    guidance_width: int
+    """How wide the network's input for the guidance scale is (`with_guidance`); 0 where it has none, as most."""
     zero_empty_negative: bool
     """Whether an empty negative prompt means zeros instead of the empty text's embedding (SDXL)."""
 
@@ -137,6 +140,8 @@ def run_unet(
 ) -> torch.Tensor:
     """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none.
 
+    Of what is added, `timestep_cond` (r, k) joins the timestep's embedding, the rest has a place of its own.
+
     `beside` is what a particular UNet takes by name and others do not know.
     """
     down, mid = residuals or (None, None)
@@ -144,6 +149,7 @@ def run_unet(
         sample=latents.to(unet.dtype),
         timestep=timesteps,
         encoder_hidden_states=rows.context,
+        timestep_cond=rows.added.get("timestep_cond"),
         encoder_attention_mask=rows.mask,
         added_cond_kwargs=dict(rows.added),
         down_block_additional_residuals=down,
@@ -163,8 +169,18 @@ def takes_mask(unet: Any, channels: int) -> bool:
         raise InvalidRequest(
             "source", f"the UNet takes {wants} channels (for depth?), not {channels}, or {inpainting} for inpainting"
         )
-    if unet.config.time_cond_proj_dim is not None:
-        raise InvalidRequest(
-            "source", "the UNet takes the guidance scale as an input; such distilled models do not run"
-        )
     return wants == inpainting
+
+
+def with_guidance(told: Conditioning, guidance_scale: float, width: int) -> Conditioning:
+    """One row's conditioning for a network that takes the guidance scale itself, as a vector of this width.
+
+    Such a network is distilled to draw at any scale without an unconditional row (guided distillation,
+    arXiv:2210.03142; latent consistency models, arXiv:2310.04378). Sines and cosines of a thousandfold w are what it
+    was trained with, w being the scale less 1; computed in diffusers' order, since sines of thousands forgive little.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = torch.tensor(guidance_scale - 1) * 1000.0 * frequencies
+    vector = pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
+    return replace(told, added={**told.added, "timestep_cond": vector.to(told.context)})

@@ -62,6 +62,16 @@ def check_choice(field: str, value: str, allowed: Iterable[str]) -> None:
         raise InvalidRequest(field, f"must be one of {', '.join(allowed)}, not {value!r}")
 
 
+def check_strength(field: str, strength: float, steps: int) -> None:
+    """Raises InvalidRequest for a strength above 0 that leaves not one of the steps, so that nothing would be drawn."""
+    DENOISE_STRENGTH.check(field, strength)
+    if strength and int(steps * strength) == 0:
+        counted = "1 step" if steps == 1 else f"{steps} steps"
+        raise InvalidRequest(
+            field, f"{strength:g} of {counted} leaves no step to take: say more steps, or more strength"
+        )
+
+
 def check_side(field: str, side: int) -> None:
     """Raises InvalidRequest for a picture's side that is out of range or no multiple of 8; says which ones would do."""
     SIDE.check(field, side)

@@ -21,6 +21,7 @@ SOFTWARE = "Heliograph"
 AI_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 # How it was ordered, not what it shows.
 _ORDER = ("samples", "priority", "deadline_s", "preview_every", "metadata", "experiments")
+_OF_THE_MODEL = ("guidance_input",)  # which `model` says
 _MINIMAL = ("model", "seed")
 
 
@@ -80,7 +81,8 @@ def read(encoded: bytes, field: str = "image") -> Metadata:
 
 
 def _described(request: EffectiveRequest) -> dict[str, Any]:
-    values = {name: value for name, value in plain(request, named, whole=True).items() if name not in _ORDER}
+    left_out = _ORDER + _OF_THE_MODEL
+    values = {name: value for name, value in plain(request, named, whole=True).items() if name not in left_out}
     if request.task in ("txt2img", "upscale"):
         values["denoise_strength"] = None  # what a request without a picture to draw anew must not say
     return values

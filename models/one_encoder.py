@@ -26,6 +26,7 @@ class OneEncoder:
 
     zero_empty_negative = False
     takes_mask = False
+    guidance_width = 0
 
     def __init__(self, components: Components, placement: Placement):
         self._unet: Any = components.modules["unet"]

@@ -219,6 +219,8 @@ def _unheard(sequence: Sequence) -> list[str]:
     """What is said of a negative prompt for which there is no row. Clients send one whatever the guidance."""
     if sequence.rows > 1 or not sequence.request.negative_prompt:
         return []
+    if sequence.request.guidance_input:
+        return ["negative_prompt plays no part: this model's network takes the guidance scale, and no second prompt"]
     return [f"negative_prompt plays no part at guidance_scale {sequence.request.guidance_scale:g}, only above 1"]
 
 

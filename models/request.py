@@ -29,6 +29,7 @@ METADATA: tuple[Metadata, ...] = get_args(Metadata)
 Task = Literal["txt2img", "img2img", "inpaint", "upscale"]
 
 _OF_A_MASK = ("mask_blur", "mask_grow", "mask_fill", "mask_padding", "paste_back")
+_WITHOUT_ONE = "without which this model draws: its network takes the guidance scale as an input"
 _STRENGTH: dict[Task, float] = {"txt2img": 1.0, "img2img": 0.75, "inpaint": 1.0, "upscale": 1.0}
 
 
@@ -114,6 +115,7 @@ class GenerationRequest:
         values["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         values["variation_seed"] = self._variation_seed()
         values["denoise_strength"] = self._strength()
+        values["guidance_input"] = card.guidance_input
         if self.hires is not None and self.hires.steps is None:
             values["hires"] = replace(self.hires, steps=steps)
         effective = EffectiveRequest(**values)
@@ -180,7 +182,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveRequest(GenerationRequest):
-    """A request in which everything is decided and within range. Made by `resolve`; the defaults are placeholders."""
+    """A request in which everything is decided and within range. Made by `resolve`; the defaults are placeholders.
+
+    `guidance_input` is the card's, so that what a request costs can be told without one.
+    """
 
     width: int = 0
     height: int = 0
@@ -190,11 +195,12 @@ class EffectiveRequest(GenerationRequest):
     sampler: str = ""
     schedule: str = ""
     denoise_strength: float = 1.0
+    guidance_input: bool = False
 
     @property
     def guided(self) -> bool:
         """Whether each picture brings an unconditional row too (classifier-free guidance, arXiv:2207.12598)."""
-        return self.guidance_scale > 1.0
+        return self.guidance_scale > 1.0 and not self.guidance_input
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -218,10 +224,12 @@ class EffectiveRequest(GenerationRequest):
         return replace(self, seed=self.seed + index, samples=1)
 
     def resolve(self, card: ModelCard) -> "EffectiveRequest":
-        """Itself, checked again: an engine takes requests that somebody else has resolved."""
+        """Itself for this card, checked again: an engine takes requests that somebody else has resolved."""
         _check_model(self.model, card)
-        self.check(card)
-        return self
+        same = self.guidance_input == card.guidance_input
+        own = self if same else replace(self, guidance_input=card.guidance_input)
+        own.check(card)
+        return own
 
     def check(self, card: ModelCard) -> None:
         """Raises InvalidRequest for the first field that is out of range or does not go with another."""
@@ -233,6 +241,8 @@ class EffectiveRequest(GenerationRequest):
         parts = parse("prompt", self.prompt, self.prompt_syntax)
         parse("negative_prompt", self.negative_prompt, self.prompt_syntax)
         self._check_ranges()
+        if self.guidance_input and len(parts) > 1:
+            raise InvalidRequest("prompt", f"`AND` needs an unconditional row, {_WITHOUT_ONE}")
         self._check_company(unconditional=self.guided or len(parts) > 1)
         self._check_input(card)
         self._check_parts()
@@ -254,7 +264,7 @@ class EffectiveRequest(GenerationRequest):
         limits.SAMPLES.check("samples", self.samples)
         limits.VARIATION_STRENGTH.check("variation_strength", self.variation_strength)
         limits.CLIP_SKIP.check("clip_skip", self.clip_skip)
-        limits.DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
+        limits.check_strength("denoise_strength", self.denoise_strength, self.steps)
         limits.MASK_BLUR.check("mask_blur", self.mask_blur)
         limits.MASK_GROW.check("mask_grow", self.mask_grow)
         limits.MASK_PADDING.check("mask_padding", self.mask_padding)
@@ -269,7 +279,8 @@ class EffectiveRequest(GenerationRequest):
     def _check_company(self, unconditional: bool) -> None:
         """Fields that say nothing without another one are not passed over in silence."""
         self._check_needs(self.variation_strength > 0, ("variation_seed",), "a `variation_strength` above 0")
-        self._check_needs(unconditional, ("guidance_rescale",), "a `guidance_scale` above 1")
+        guidance = f"an unconditional row, {_WITHOUT_ONE}" if self.guidance_input else "a `guidance_scale` above 1"
+        self._check_needs(unconditional, ("guidance_rescale",), guidance)
         self._check_needs(self.task == "inpaint", _OF_A_MASK, "a `mask`, or borders to `outpaint`")
         self._check_needs(self.mask_region == "masked", ("mask_padding",), "`mask_region` to be `masked`")
         self._check_needs(self.denoise_strength < 1, ("mask_fill",), "a `denoise_strength` below 1: at 1 noise is all")
@@ -297,6 +308,8 @@ class EffectiveRequest(GenerationRequest):
         for field, part in parts.items():
             if part is not None:
                 part.check(field)
+        if self.hires is not None:
+            limits.check_strength("hires.denoise_strength", self.hires.denoise_strength, self.hires.steps or self.steps)
         for field, uses in (("controls", self.controls), ("adapters", self.adapters)):
             for i, use in enumerate(uses):
                 use.check(f"{field}.{i}")

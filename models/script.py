@@ -33,10 +33,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Script:
-    """A picture's lines, the unconditional one first where there are several; (first forward, (width, height))."""
+    """A picture's lines, the unconditional one first where there are several; (first forward, (width, height)); and the
+    guidance scale, which some networks are told too."""
 
     lines: tuple[Line, ...]
     sizes: tuple[tuple[int, tuple[int, int]], ...]
+    guidance_scale: float
 
 
 def write(
@@ -83,7 +85,7 @@ def write(
         raise InvalidRequest(
             "prompt", f"changes through more than {TEXTS} texts in all, the negative prompt's included"
         )
-    return Script(tuple(lines), tuple(sizes))
+    return Script(tuple(lines), tuple(sizes), request.guidance_scale)
 
 
 def _named(

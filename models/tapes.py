@@ -99,7 +99,8 @@ class Tapes:
 
 
 def compile_tape(scheduler: Any, steps: int, denoise_strength: float | None) -> Tape:
-    """Runs a fresh scheduler once on probes. Raises InvalidRequest where it refuses the steps or is not linear."""
+    """Runs a fresh scheduler once on probes. Raises InvalidRequest where it refuses the steps or is not linear, or has
+    no way with what the model predicts."""
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, AssertionError, IndexError, ZeroDivisionError) as refused:
@@ -162,14 +163,19 @@ def _record(
     options |= {"eta": 0.0} if "eta" in accepted else {}  # what diffusers' pipelines pass
     xs = [torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64)]
     ms: list[torch.Tensor] = []
-    scales, rows, draws, blends = [], [], [], []
+    scales, rows, draws, blends, name = [], [], [], [], type(scheduler).__name__
     for i, t in enumerate(timesteps):
         scales.append(float(scheduler.scale_model_input(torch.ones_like(xs[0]), t).flatten()[0]))
         ms.append(torch.randn(1, _PROBES, 1, 1, generator=probe, dtype=torch.float64))
         before = noise.get_state()
-        after = scheduler.step(ms[-1], t, xs[-1], **options)[0].double()
+        try:
+            after = scheduler.step(ms[-1], t, xs[-1], **options)[0].double()
+        except (NotImplementedError, ValueError) as refused:  # not every solver takes every kind of prediction
+            raise InvalidRequest(
+                "sampler", f"{name} cannot run with this model's configuration: {refused}"
+            ) from refused
         z = _drawn(before, noise, after.shape)
-        rows.append(_fit(after, xs, ms, z, type(scheduler).__name__))
+        rows.append(_fit(after, xs, ms, z, name))
         draws.append(z is not None)
         xs.append(after)
         following = timesteps[i + 1 : i + 2]

@@ -67,8 +67,7 @@ class SDx2(OneEncoder):
         rows: Conditioning,
         residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        told = rows.added["timestep_cond"]
-        output = run_unet(self._unet, latents, timesteps, rows, residuals, timestep_cond=told)
+        output = run_unet(self._unet, latents, timesteps, rows, residuals)
         return -output[:, :-1]  # the last channel is a variance that nothing uses
 
     def _context(self, hidden: torch.Tensor) -> torch.Tensor:

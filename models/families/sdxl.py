@@ -49,6 +49,7 @@ class SDXL:
         self._dtype = placement.dtype
         self.autoencoder = Autoencoder(modules["vae"], placement.device)
         self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
+        self.guidance_width = self._unet.config.time_cond_proj_dim or 0
         remember(self._unet)
         self.revision = components.revision
         self.scheduler_config = components.scheduler_config

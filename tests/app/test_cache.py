@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "clip_skip": 1,
     "image": WHITE,
     "denoise_strength": 0.5,
+    "guidance_input": True,
     "mask": WHITE,
     "mask_blur": 1,
     "mask_grow": 1,

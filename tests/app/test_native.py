@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from app.dialects import native
-from app.service import Service
+from app.dialects.native.answers import from_model, parameters
+from app.service import ModelDescription, Service
+from models import metadata
 from models.errors import InvalidRequest
 from models.images import Picture, encode
 from models.request import GenerationRequest
@@ -161,6 +164,16 @@ async def test_the_models_say_what_they_can_do(client: httpx2.AsyncClient):
     assert one["samplers"]["euler_a"] == ["default", "sgm_uniform"]
     assert one["limits"]["max_pixels"] == 1024 * 1024
     assert (await client.get("/v1/models/nope")).status_code == 404
+
+
+def test_a_model_whose_network_takes_the_guidance_scale_says_so():
+    card = replace(CARDS["sd15"], guidance_input=True)
+    told = from_model(ModelDescription(card=card, state="ready", default=True))
+    assert told["guidance_input"]
+    assert "guidance_input" not in from_model(ModelDescription(card=CARDS["sd15"], state="ready", default=True))
+    request = GenerationRequest(model="sd15", prompt="a red circle").resolve(card)
+    assert "guidance_input" not in parameters(request), "a request does not say what its model is"
+    assert not json.loads(metadata.write(request, "abc", "full")["heliograph"])["parameters"].get("guidance_input")
 
 
 async def test_a_list_of_models_is_whole_while_the_offer_changes(

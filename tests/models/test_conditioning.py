@@ -239,10 +239,8 @@ def test_a_network_that_wants_more_inputs_is_refused():
     config = dict(pipeline("sd15").unet.config)
     with torch.device("meta"):
         depth = type(pipeline("sd15").unet).from_config(config | {"in_channels": 5})
-        distilled = type(pipeline("sd15").unet).from_config(config | {"time_cond_proj_dim": 64})
-    for unet in (depth, distilled):
-        with pytest.raises(InvalidRequest, match="source"):
-            takes_mask(unet, 4)
+    with pytest.raises(InvalidRequest, match="source"):
+        takes_mask(depth, 4)
 
 
 def test_clip_skip_takes_an_earlier_layer_through_the_final_norm():

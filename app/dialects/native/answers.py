@@ -158,6 +158,7 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
         "default": model.default,
         "tasks": list(card.tasks),
         **({"upscaling": _upscaling(card.upscaling, card.max_pixels)} if card.upscaling else {}),
+        **({"guidance_input": True} if card.guidance_input else {}),
         "size": {"width": card.width, "height": card.height},
         "defaults": {
             "steps": card.steps,
@@ -201,7 +202,7 @@ def samplers() -> dict[str, Any]:
 
 def parameters(request: EffectiveRequest) -> dict[str, Any]:
     """Every parameter that plays a part, as it was used; pictures by their size."""
-    idle = {"model", "experiments"}
+    idle = {"model", "experiments", "guidance_input"}
     if request.task in ("txt2img", "upscale"):
         idle |= _OF_A_DRAWN_PICTURE
     if request.task != "inpaint":

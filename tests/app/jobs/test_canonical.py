@@ -43,6 +43,7 @@ EVERYTHING = EffectiveRequest(
     clip_skip=1,
     image=noise(1),
     denoise_strength=0.125,
+    guidance_input=True,
     mask=noise(2),
     mask_blur=1,
     mask_grow=2,
