@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from models.errors import GenerationFailed, InvalidRequest
+from models.fp8 import check_fp8, quantise
 from models.offload import offload
 
 Tensors = dict[str, torch.Tensor]
@@ -52,12 +53,13 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which device the networks run on, and in which precision."""
+    """Which device the networks run on, and in which precision; `fp8` is about the UNet's linear layers alone."""
 
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
     offload: bool
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Files:
     commit: str | None = None
 
 
-def place(device: str, dtype: str, offload: bool) -> Placement:
+def place(device: str, dtype: str, offload: bool, fp8: bool = False) -> Placement:
     """The placement that these settings mean on this machine."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -94,9 +96,11 @@ def place(device: str, dtype: str, offload: bool) -> Placement:
         raise InvalidRequest("dtype", f"`{dtype}` is not a precision; allowed: auto, {', '.join(DTYPES)}")
     if offload and device == "cpu":
         raise InvalidRequest("offload", "offload spares the memory of a GPU and the device is the CPU; set it to false")
+    if fp8:
+        check_fp8(torch.device(device), DTYPES[dtype])
     # float16 ends at 65504, and the activations of Stable Diffusion's decoders go beyond: black pictures.
     vae_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return Placement(device=torch.device(device), dtype=DTYPES[dtype], vae_dtype=vae_dtype, offload=offload)
+    return Placement(device=torch.device(device), dtype=DTYPES[dtype], vae_dtype=vae_dtype, offload=offload, fp8=fp8)
 
 
 def load(source: Source, names: Mapping[str, type], placement: Placement) -> Components:
@@ -111,7 +115,7 @@ def load(source: Source, names: Mapping[str, type], placement: Placement) -> Com
         modules={name: load_component(files, checkpoint, name, kind, placement) for name, kind in names.items()},
         scheduler_config=read_json(files.folder / "scheduler" / "scheduler_config.json"),
         index=read_json(files.folder / "model_index.json"),
-        revision=files.commit or fingerprint(files, names),
+        revision=(files.commit or fingerprint(files, names)) + ("-fp8" if placement.fp8 else ""),  # other weights
     )
 
 
@@ -233,6 +237,8 @@ def load_component(files: Files, checkpoint: Tensors | None, name: str, kind: An
     module.eval().requires_grad_(False)
     if placement.device.type == "cuda" and name in ("unet", "vae"):
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    if placement.fp8 and name == "unet":
+        quantise(module)
     if not stays:
         offload(module, placement.device)
     return module

@@ -19,12 +19,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     offload: bool = False,
+    fp8: bool = False,
 ) -> Family:
     """Loads a model's weights straight to the device. Takes seconds to minutes.
 
-    Raises InvalidRequest for an unknown family, weights that are not safetensors, or a device that is not there.
+    Raises InvalidRequest for an unknown family, weights that are not safetensors, or a placement that cannot be.
     """
     if family not in NAMES:
         raise InvalidRequest("family", f"unknown family {family!r}; one of: {', '.join(NAMES)}")
     module = import_module(f"{__name__}.{family}")
-    return module.load(Source(location=source, revision=revision, config=config), place(device, dtype, offload))
+    placement = place(device, dtype, offload, fp8)
+    return module.load(Source(location=source, revision=revision, config=config), placement)
