@@ -228,6 +228,7 @@ def load_family(settings: ModelSettings) -> Any:
         device=settings.device,
         dtype=settings.dtype,
         offload=settings.offload,
+        fp8=settings.fp8,
     )
 
 
@@ -275,4 +276,5 @@ def origins(settings: ModelSettings, engine: Any) -> Origins:
     device = str(placement.device)
     if placement.device.type == "cuda":
         device = f"{device} {torch.cuda.get_device_name(placement.device)}"
-    return Origins(settings, engine.revision, device, str(placement.dtype).removeprefix("torch."))
+    dtype = str(placement.dtype).removeprefix("torch.") + ("+fp8" if placement.fp8 else "")
+    return Origins(settings, engine.revision, device, dtype)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from models.errors import GenerationFailed, InvalidRequest
+from models.fp8 import check_fp8, quantise
 from models.offload import offload
 
 Tensors = dict[str, torch.Tensor]
@@ -54,14 +55,15 @@ class Source:
 class Placement:
     """Which device the networks run on, in which precision, and how.
 
-    With `graphs` the denoising network's forwards are captured (models.captured); where a folder is given they are
-    compiled, and what was compiled is kept there (models.compiled).
+    `fp8` is about the UNet's linear layers alone. With `graphs` its forwards are captured (models.captured); where a
+    folder is given it is compiled, and what was compiled is kept there (models.compiled).
     """
 
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
     offload: bool = False
+    fp8: bool = False
     graphs: bool = False
     compiled: Path | None = None
 
@@ -86,7 +88,13 @@ class Files:
 
 
 def place(
-    device: str, dtype: str, *, offload: bool = False, graphs: bool = False, compiled: Path | None = None
+    device: str,
+    dtype: str,
+    *,
+    offload: bool = False,
+    fp8: bool = False,
+    graphs: bool = False,
+    compiled: Path | None = None,
 ) -> Placement:
     """The placement that these settings mean on this machine."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -102,8 +110,12 @@ def place(
         raise InvalidRequest("dtype", f"`{dtype}` is not a precision; allowed: auto, {', '.join(DTYPES)}")
     if offload and device == "cpu":
         raise InvalidRequest("offload", "offload spares the memory of a GPU and the device is the CPU; set it to false")
+    if fp8:
+        check_fp8(torch.device(device), DTYPES[dtype])
     if graphs and device != "cuda":
         raise InvalidRequest("graphs", f"graphs are CUDA's and the device is `{device}`; set it to false")
+    if compiled is not None and fp8:
+        raise InvalidRequest("compiled", "what is compiled runs in the precision of `dtype`: leave out `fp8`, or this")
     # float16 ends at 65504, and the activations of Stable Diffusion's decoders go beyond: black pictures.
     vae_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     return Placement(
@@ -111,6 +123,7 @@ def place(
         dtype=DTYPES[dtype],
         vae_dtype=vae_dtype,
         offload=offload,
+        fp8=fp8,
         graphs=graphs,
         compiled=compiled,
     )
@@ -128,7 +141,7 @@ def load(source: Source, names: Mapping[str, type], placement: Placement) -> Com
         modules={name: load_component(files, checkpoint, name, kind, placement) for name, kind in names.items()},
         scheduler_config=read_json(files.folder / "scheduler" / "scheduler_config.json"),
         index=read_json(files.folder / "model_index.json"),
-        revision=files.commit or fingerprint(files, names),
+        revision=(files.commit or fingerprint(files, names)) + ("-fp8" if placement.fp8 else ""),  # other weights
     )
 
 
@@ -250,6 +263,8 @@ def load_component(files: Files, checkpoint: Tensors | None, name: str, kind: An
     module.eval().requires_grad_(False)
     if placement.device.type == "cuda" and name in ("unet", "vae"):
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    if placement.fp8 and name == "unet":
+        quantise(module)
     if not stays:
         offload(module, placement.device)
     return module

@@ -2,19 +2,27 @@
 
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from app import endings
 from app.events import Admitted
-from app.replica import Model
+from app.origin import Needs
+from app.replica import Model, load_family, origins
+from app.settings import ModelSettings
 from app.vitals import Vitals
+from models.errors import InvalidRequest
 from models.events import Event, Finished
 from models.pace import Pace
 from models.request import EffectiveRequest, GenerationRequest
+from models.weights import place
 from tests.app.conftest import CARDS, ORIGIN, TIMINGS
 
 PICTURE = Finished(index=0, seed=0, data=b"", format="png", width=8, height=8, revision="r", timings=TIMINGS)
+BF16 = place("cpu", "bfloat16", False)
 REQUEST = GenerationRequest(model="sd15", prompt="x", seed=0).resolve(CARDS["sd15"])
 
 
@@ -70,3 +78,23 @@ async def test_whoever_knows_a_requests_id_can_end_it():
         assert endings.end("accept", "one")
         assert engine.accepted == list(engine.tickets)
         assert not endings.end("accept", "another")
+
+
+def test_what_a_model_draws_in_fp8_does_not_pass_for_what_it_draws_in_bfloat16():
+    settings = ModelSettings(name="sd15", source="x")
+    usual, eight = (
+        origins(settings, SimpleNamespace(revision=revision, family=SimpleNamespace(placement=placement)))
+        for revision, placement in (("abc", BF16), ("abc-fp8", replace(BF16, fp8=True)))
+    )
+    receipt = {"revision": "abc", "adapters": {}}
+    assert usual.of(Needs()).drew(receipt)
+    assert not eight.of(Needs()).drew(receipt)
+    assert [each.of(Needs()).dtype for each in (usual, eight)] == ["bfloat16", "bfloat16+fp8"]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_model_in_fp8_without_a_gpu_for_it_is_refused_at_once(family: str):
+    settings = ModelSettings(name="it", family=family, source="nowhere", device="cpu", dtype="bfloat16", fp8=True)
+    with pytest.raises(InvalidRequest, match="GPU") as refused:
+        load_family(settings)
+    assert refused.value.field == "fp8"

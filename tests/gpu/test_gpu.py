@@ -12,7 +12,9 @@ import torch
 from bench.drift import exact_float32, nearest, recorded_latents
 from models.ahead import Ahead
 from models.embedded.upscalers.scores import psnr
+from models.errors import InvalidRequest
 from models.events import Event
+from models.fp8 import check_fp8, quantise
 from models.request import GenerationRequest
 from tests.gpu.conftest import Subject
 from tests.models.conftest import drawn
@@ -20,6 +22,7 @@ from tests.models.conftest import drawn
 pytestmark = pytest.mark.gpu
 
 DRIFT = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative L2 distance of the final latents
+FP8_DRIFT = 5e-2
 SAME_DB = 40.0
 PICTURES, SETTLED = 500, 100
 GROWTH = 16 * 2**20  # bytes
@@ -47,6 +50,25 @@ def test_final_latents_lie_near_those_of_diffusers_in_float32(subject: Subject):
     allowed = DRIFT[subject.placement.dtype]
     assert nearest(reference, alone) <= allowed
     assert nearest(reference, among) <= allowed
+
+
+def test_final_latents_of_fp8_lie_near_those_of_diffusers_in_float32_too(gpu: str, subject: Subject):
+    try:
+        check_fp8(torch.device(gpu), torch.bfloat16)
+    except InvalidRequest as refusal:
+        pytest.skip(str(refusal))
+    request = subject.request()
+    with exact_float32():
+        reference = subject.pipeline().latents(request).float().cpu()
+    subject.settle()
+    quantise(subject.components.modules["unet"])
+    engine = subject.engine()
+    with recorded_latents(subject.components.modules["vae"]) as alone:
+        engine.generate([request])
+    with recorded_latents(subject.components.modules["vae"]) as among:
+        engine.generate([*neighbours(subject), request])
+    assert nearest(reference, alone) <= FP8_DRIFT
+    assert nearest(reference, among) <= FP8_DRIFT
 
 
 def test_a_picture_hardly_shows_its_neighbours(subject: Subject):
