@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from app import endings
@@ -229,6 +230,8 @@ def load_family(settings: ModelSettings) -> Any:
         dtype=settings.dtype,
         offload=settings.offload,
         fp8=settings.fp8,
+        graphs=settings.graphs,
+        compiled=None if settings.compiled is None else Path(settings.compiled).expanduser(),
     )
 
 

@@ -75,6 +75,8 @@ class ModelSettings(Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     offload: bool = False
     fp8: bool = Field(default=False, description="the UNet's wide linear layers in FP8; for bfloat16 on NVIDIA GPUs")
+    graphs: bool = Field(default=False, description="forwards captured as CUDA graphs")
+    compiled: str | None = Field(default=None, description="folder for the compiled UNet; not compiled unless said")
     threads: int | None = Field(default=None, ge=1, description="torch threads; all cores unless said")
     max_waiting: int = Field(default=256, ge=1, description="pictures that may wait before new ones get 429")
     max_wait_s: Positive = 120.0  # seconds of work that may be there before new requests get 429

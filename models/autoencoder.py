@@ -45,9 +45,9 @@ class Autoencoder:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, H, W) in 0..1, float32, on the CPU; NaN where the latents were."""
+        """Pictures (n, 3, H, W) in 0..1, float32, on the device; NaN where the latents were."""
         pixels = self._vae.decode((latents / self._scale + self._mean).to(self._vae.dtype), return_dict=False)[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.inference_mode()
     def preview(self, latents: torch.Tensor) -> np.ndarray:

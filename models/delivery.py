@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from models import heap, metadata
-from models.autoencoder import Autoencoder, to_bytes
+from models.autoencoder import to_bytes
+from models.decoder import Decoder, Pictures
 from models.errors import GenerationFailed
 from models.events import Finished, Timings
 from models.images import encode
@@ -26,9 +27,9 @@ OnPacked = Callable[[Sequence, Finished | GenerationFailed], None]
 class Delivery:
     """The queue behind the last step. `on_packed` hears, from the packing threads, what became of each sequence."""
 
-    def __init__(self, autoencoder: Autoencoder, revision: str, native_pixels: int, on_packed: OnPacked):
+    def __init__(self, decoder: Decoder, revision: str, native_pixels: int, on_packed: OnPacked):
         self.queue: list[Sequence] = []
-        self._autoencoder = autoencoder
+        self._decoder = decoder
         self._revision = revision
         self._pixels = _PICTURES * native_pixels
         self._on_packed = on_packed
@@ -40,9 +41,13 @@ class Delivery:
         """The next few to decode together: one shape, and no more than would hold up the steps.
 
         Interactive work comes first, then whoever has waited for longest since pictures of theirs were taken. While
-        there are others whose work is as urgent, one picture of each is enough: it is their time.
+        there are others whose work is as urgent, one picture of each is enough: it is their time. None while the last
+        ones are still being decoded beside the steps.
         """
-        if not self.queue:
+        stepping = list(stepping)
+        if not stepping:
+            self._decoder.wait()  # there is nothing else to do
+        if not self.queue or self._decoder.busy:
             return []
         first, *others = sorted(self.queue, key=self._turn)
         is_batch, _ = flow_of(first)
@@ -53,7 +58,7 @@ class Delivery:
             for sequence in queue:
                 firsts.setdefault(flow_of(sequence), sequence)
             queue = list(firsts.values())
-        pixels = first.shape[1] * first.shape[2] * self._autoencoder.factor**2
+        pixels = first.shape[1] * first.shape[2] * self._decoder.factor**2
         room = max(1, self._pixels // pixels)
         taken = [sequence for sequence in queue if sequence.shape == first.shape][:room]
         self.queue = [sequence for sequence in self.queue if sequence not in taken]
@@ -68,10 +73,9 @@ class Delivery:
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Decodes sequences of one shape and hands them to the packing threads."""
-        # numpy from here on: torch would give each packing thread OpenMP workers of its own (models.aside).
-        pictures = self._autoencoder.decode(torch.stack([sequence.latents for sequence in sequences])).numpy()
-        for sequence, picture in zip(sequences, pictures, strict=True):
-            self._threads.submit(self._pack, sequence, picture)
+        pictures = self._decoder(torch.stack([sequence.latents for sequence in sequences]))
+        for number, sequence in enumerate(sequences):
+            self._threads.submit(self._pack, sequence, pictures, number)
         if time.monotonic() - self._tidied > _TIDY_S:
             self._tidied = time.monotonic()
             self._threads.submit(heap.give_back)
@@ -80,9 +84,9 @@ class Delivery:
         """Waits for the pictures that are being packed."""
         self._threads.shutdown()
 
-    def _pack(self, sequence: Sequence, picture: np.ndarray) -> None:
+    def _pack(self, sequence: Sequence, pictures: Pictures, number: int) -> None:
         try:
-            self._on_packed(sequence, _finished(sequence, picture, self._revision))
+            self._on_packed(sequence, _finished(sequence, pictures()[number], self._revision))
         except GenerationFailed as failed:
             self._on_packed(sequence, failed)
         except Exception as fault:

@@ -1,58 +1,20 @@
 """One forward for many rows: every sequence of a batch takes one step of its own tape."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from models.adapters.controlnet import ControlBatch
-from models.adapters.lora import UNET, Mix, Worn
+from models.adapters.lora import UNET
 from models.ahead import Ahead, Tell
+from models.batch import Batch
 from models.captured import Captured, Graph, Outputs
 from models.compiled import Compiled, Package
-from models.conditioning import stack
 from models.family import Conditioning, Family, Residuals
 from models.forward import Inputs, forward
-from models.guidance import Guidance
 from models.loras import Loras
 from models.rowwise import RowThreads
-from models.sequence import Kept, Sequence
-
-
-@dataclass
-class _Batch:
-    """Sequences side by side, and what of them stays the same while they stay together."""
-
-    sequences: list[Sequence]
-    history: torch.Tensor  # (n, 8, c, h, w), of which each sequence holds its own part
-    parts: list[torch.Tensor]
-    told: list[Conditioning]  # each row's, as it is now
-    rows: Conditioning  # the same, stacked
-    owners: torch.Tensor  # (rows,) the sequence that each row belongs to
-    guidance: Guidance
-    beside: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
-    kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
-    controls: ControlBatch
-    mixes: list[Mix]  # each row's LoRAs
-
-    def holds(self, sequences: list[Sequence]) -> bool:
-        """Whether these are the same sequences, and none has begun anew."""
-        return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
-
-    def inputs(self, lines: torch.Tensor, noise: torch.Tensor | None, loras: Worn | None) -> Inputs:
-        """Of the next forward, before ControlNets have looked at what is shown."""
-        return Inputs(
-            history=self.history,
-            lines=lines,
-            owners=self.owners,
-            guidance=self.guidance,
-            rows=self.rows,
-            beside=self.beside,
-            noise=noise,
-            kept=self.kept,
-            residuals=None,
-            loras=loras,
-        )
+from models.sequence import Sequence
 
 
 class Denoiser:
@@ -64,7 +26,7 @@ class Denoiser:
         self._loras = loras
         self._share = RowThreads(family.device, torch.get_num_threads())
         self._ahead = Ahead(family.device, on_step)
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._plain = partial(forward, predict=self._predict)
         self.captured = self._faster()
 
@@ -86,20 +48,26 @@ class Denoiser:
         try:
             return self._step(sequences)
         except BaseException:
+            self._batch = None  # perhaps there was no room
             if self.captured is not None:
-                self.captured.clear()  # perhaps there was no room
+                self.captured.clear()
             for sequence, state in zip(sequences, states, strict=True):
                 sequence.generator.set_state(state)
             raise
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
         with self._ahead.step(sum(sequence.breadth for sequence in sequences)):
-            batch = self._assemble(sequences)
+            if self._batch is None or not self._batch.holds(sequences):
+                self._batch = None  # before another one takes memory
+                self._batch = Batch.of(sequences, self._to_device)
+            batch = self._batch
             inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
             positions = [sequence.position for sequence in sequences]
             residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
             moved, clean = (self.captured or self._plain)(replace(inputs, residuals=residuals))
-        self._advance(batch, moved, clean)
+        batch.advance(moved, clean)
+        if not any(sequence.denoising for sequence in sequences):
+            self._batch = None
         return clean
 
     def _predict(self, inputs: Inputs) -> torch.Tensor:
@@ -121,43 +89,6 @@ class Denoiser:
         own = None if mid is None else ([each[part] for each in down], mid[part])
         return (self._family.predict(seen[part], when[part], rows.part(part), own),)
 
-    def _assemble(self, sequences: list[Sequence]) -> _Batch:
-        """The batch for these sequences; the last one again, when nobody has joined or left since."""
-        told = [row.at(s.step) for s in sequences for row in s.conditioning]
-        if self._batch is not None and self._batch.holds(sequences):
-            if any(now is not before for now, before in zip(told, self._batch.told, strict=True)):
-                self._batch.told, self._batch.rows = told, stack(told)
-            return self._batch
-        self._batch = None  # before another one takes memory
-        owners = [n for n, sequence in enumerate(sequences) for _ in range(sequence.rows)]
-        beside = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
-        return _Batch(
-            sequences=list(sequences),
-            history=torch.stack([s.history for s in sequences if s.history is not None]),
-            parts=[],
-            told=told,
-            rows=stack(told),
-            owners=self._to_device(torch.tensor(owners)),
-            guidance=Guidance.of(sequences, self._to_device),
-            beside=torch.stack(beside) if beside else None,
-            kept=self._kept(sequences),
-            mixes=[s.mix for s in sequences for _ in range(s.rows)],
-            controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
-        )
-
-    def _kept(self, sequences: list[Sequence]) -> Kept | None:
-        """What the sequences keep, side by side; who keeps nothing has a mask of ones."""
-        if all(s.kept is None for s in sequences):
-            return None
-        zeros = torch.zeros(sequences[0].shape, device=self._family.device)
-        nothing = Kept(mask=torch.ones_like(zeros[:1]), clean=zeros, noise=zeros)
-        kept = [s.kept or nothing for s in sequences]
-        return Kept(
-            mask=torch.stack([k.mask for k in kept]),
-            clean=torch.stack([k.clean for k in kept]),
-            noise=torch.stack([k.noise for k in kept]),
-        )
-
     def _lines(self, sequences: list[Sequence]) -> torch.Tensor:
         return self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))
 
@@ -172,14 +103,6 @@ class Denoiser:
             return torch.zeros((), device=self._family.device).expand(len(sequences), *sequences[0].shape)
         drawn = [s.noise() if s.tape.draws[s.position] else torch.zeros(s.shape) for s in sequences]
         return self._to_device(torch.stack(drawn))
-
-    def _advance(self, batch: _Batch, moved: torch.Tensor, clean: torch.Tensor) -> None:
-        """Hands each sequence its history, one step later, and the clean latents it expects."""
-        batch.history, batch.parts = moved, list(moved)
-        for sequence, history, estimate in zip(batch.sequences, batch.parts, clean, strict=True):
-            sequence.history, sequence.estimate = history, estimate
-            sequence.position += 1
-        self._batch = batch if any(sequence.denoising for sequence in batch.sequences) else None
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._family.device.type == "cuda":

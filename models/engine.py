@@ -17,6 +17,7 @@ from models.admission import Bounds, Claim
 from models.aside import aside
 from models.batcher import Batcher
 from models.card import ModelCard
+from models.decoder import Decoder
 from models.delivery import Delivery
 from models.denoiser import Denoiser
 from models.errors import Cancelled, GenerationFailed, HeliographError, InvalidRequest, Overloaded
@@ -75,7 +76,8 @@ class Engine:
         adapters = adapters or Adapters(family)
         self._preparation = Preparation(family, adapters)
         self._denoiser = Denoiser(family, adapters.loras, self.pace.follow)
-        self._delivery = Delivery(family.autoencoder, family.revision, card.width * card.height, self._packed)
+        decoder = Decoder(family.autoencoder, family.device)
+        self._delivery = Delivery(decoder, family.revision, card.width * card.height, self._packed)
         self._bounds = Bounds(max_waiting=max_waiting, max_wait_s=max_wait_s)
         self._lock = threading.Condition()  # guards the next three
         self._tickets: dict[str, _Ticket] = {}

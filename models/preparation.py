@@ -151,7 +151,7 @@ class Preparation:
         """The sequence's latents at the shape of a phase, enlarged as latents or by way of a picture."""
         if phase.enlarge == "latent":
             return interpolate(sequence.latents[None], size=phase.shape[1:], mode="bilinear")[0]
-        picture = Picture.from_array(to_bytes(self._autoencoder.decode(sequence.latents[None])[0].numpy()))
+        picture = Picture.from_array(to_bytes(self._autoencoder.decode(sequence.latents[None])[0].cpu().numpy()))
         larger = picture.resized(*self._size(phase))
         return self._autoencoder.encode([larger], [sequence.generator])[0]
 

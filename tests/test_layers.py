@@ -51,7 +51,10 @@ MODELS_ORDER = (
         *("models.work", "models.pace", "models.load"),
     ),
     ("models.tapes", "models.conditioning"),
-    ("models.turns", "models.batcher", "models.denoiser", "models.sequence", "models.admission"),
+    (
+        *("models.turns", "models.batcher", "models.denoiser", "models.sequence", "models.admission"),
+        *("models.batch", "models.forward", "models.captured", "models.compiled"),
+    ),
     ("models.preparation", "models.delivery", "models.measuring"),
     ("models.engine",),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from models.weights import place
 from tests.app.conftest import CARDS, ORIGIN, TIMINGS
 
 PICTURE = Finished(index=0, seed=0, data=b"", format="png", width=8, height=8, revision="r", timings=TIMINGS)
-BF16 = place("cpu", "bfloat16", False)
+BF16 = place("cpu", "bfloat16")
 REQUEST = GenerationRequest(model="sd15", prompt="x", seed=0).resolve(CARDS["sd15"])
 
 
@@ -93,8 +94,16 @@ def test_what_a_model_draws_in_fp8_does_not_pass_for_what_it_draws_in_bfloat16()
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_model_in_fp8_without_a_gpu_for_it_is_refused_at_once(family: str):
-    settings = ModelSettings(name="it", family=family, source="nowhere", device="cpu", dtype="bfloat16", fp8=True)
-    with pytest.raises(InvalidRequest, match="GPU") as refused:
+@pytest.mark.parametrize(("field", "reason"), [("fp8", "GPU"), ("graphs", "CUDA")])
+def test_what_a_gpu_is_needed_for_is_refused_at_once_without_one(family: str, field: str, reason: str):
+    settings = ModelSettings(
+        name="it", family=family, source="nowhere", device="cpu", dtype="bfloat16", **{field: True}
+    )
+    with pytest.raises(InvalidRequest, match=reason) as refused:
         load_family(settings)
-    assert refused.value.field == "fp8"
+    assert refused.value.field == field
+
+
+def test_a_folder_for_the_compiled_network_reaches_the_placement(tmp_path: Path):
+    settings = ModelSettings(name="sd15", source="models/embedded/sd15", device="cpu", compiled=str(tmp_path))
+    assert load_family(settings).placement.compiled == tmp_path

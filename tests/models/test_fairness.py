@@ -4,7 +4,9 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
+from models.decoder import Decoder
 from models.delivery import Delivery
 from models.engine import Engine
 from models.events import Event, Finished, Progress
@@ -69,8 +71,13 @@ class Picture:
         self.urgency = batch, 0.0
 
 
+def delivering() -> Delivery:
+    decoder = Decoder(loaded_family("sd15").autoencoder, torch.device("cpu"))
+    return Delivery(decoder, "r", 128 * 128, lambda *told: None)
+
+
 def test_keys_take_turns_at_the_decoder():
-    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    delivery = delivering()
     waiting: list[Any] = [Picture(key, denoised=n) for n, key in enumerate("aaaaaabbc")]
     delivery.queue = waiting
     assert ["".join(sequence.key for sequence in delivery.take()) for _ in range(3)] == ["abc", "ab", "aaaa"]
@@ -78,7 +85,7 @@ def test_keys_take_turns_at_the_decoder():
 
 
 def test_keys_take_turns_at_the_decoder_also_where_sizes_differ():
-    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    delivery = delivering()
     now = time.monotonic()
     waiting: list[Any] = [*(Picture("a", now - 9 + n / 100) for n in range(12)), Picture("b", now - 1, side=24)]
     delivery.queue = waiting
@@ -87,7 +94,7 @@ def test_keys_take_turns_at_the_decoder_also_where_sizes_differ():
 
 
 def test_whose_first_picture_has_waited_longest_is_decoded_first():
-    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    delivery = delivering()
     waiting: list[Any] = [Picture(key, denoised, side=32) for key, denoised in (("a", 1.0), ("b", 1.5), ("a", 2.0))]
     delivery.queue = waiting
     assert delivery.take() == waiting[:1]
@@ -95,7 +102,7 @@ def test_whose_first_picture_has_waited_longest_is_decoded_first():
 
 
 def test_batch_work_is_decoded_after_interactive_work():
-    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    delivery = delivering()
     batch, own = Picture("b", 1.0, batch=True), [Picture("a", 2.0), Picture("a", 3.0)]
     waiting: list[Any] = [batch, *own]
     delivery.queue = waiting
@@ -104,10 +111,35 @@ def test_batch_work_is_decoded_after_interactive_work():
 
 
 def test_a_floods_pictures_are_decoded_one_at_a_time_while_another_key_steps():
-    delivery = Delivery(loaded_family("sd15").autoencoder, "r", 128 * 128, lambda *told: None)
+    delivery = delivering()
     waiting: list[Any] = [Picture("a") for _ in range(6)]
     stepping: list[Any] = [Picture("a"), Picture("b")]
     delivery.queue = waiting
     taken = [delivery.take(stepping), delivery.take(stepping), delivery.take(stepping[:1])]
     assert [len(sequences) for sequences in taken] == [1, 1, 4]
+    delivery.close()
+
+
+class Busy(Decoder):
+    """One that has something to do until it is waited for, as a GPU's has."""
+
+    def __init__(self):
+        super().__init__(loaded_family("sd15").autoencoder, torch.device("cpu"))
+        self.working = True
+
+    @property
+    def busy(self) -> bool:
+        return self.working
+
+    def wait(self) -> None:
+        self.working = False
+
+
+def test_nothing_more_is_decoded_beside_what_still_is_but_steps_go_on():
+    delivery = Delivery(Busy(), "r", 128 * 128, lambda *told: None)
+    waiting: list[Any] = [Picture("a")]
+    stepping: list[Any] = [Picture("a")]
+    delivery.queue = list(waiting)
+    assert delivery.take(stepping) == []
+    assert delivery.take() == waiting  # where there are no steps to take, it is waited for
     delivery.close()

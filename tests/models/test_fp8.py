@@ -26,7 +26,7 @@ from models.registered import Adapters
 from models.request import GenerationRequest
 from tests.models.conftest import FAMILIES, drawn, folder
 
-BF16 = weights.place("cpu", "bfloat16", False)
+BF16 = weights.place("cpu", "bfloat16")
 ALL = 16  # the embedded networks are narrow: all that can be put into FP8 is
 ROW = 0.05  # relative L2 distance of a row of a product: each side is off by 1/16 at most, by 0.026 in the mean square
 
@@ -205,7 +205,7 @@ def prepared(name: str, kind: str) -> tuple[Engine, Any]:
     """An engine of an embedded model in float32, bfloat16 or fp8, of the same weights, and its autoencoder."""
     family = {"sd": sd, "sdxl": sdxl}[FAMILIES[name]]
     components = weights.load(weights.Source(location=folder(name)), family.COMPONENTS, BF16)
-    placement = weights.place("cpu", "float32", False) if kind == "float32" else BF16
+    placement = weights.place("cpu", "float32") if kind == "float32" else BF16
     for module in components.modules.values():
         if kind == "float32" and isinstance(module, nn.Module):
             module.float()
@@ -264,10 +264,10 @@ def test_a_placement_in_fp8_needs_a_gpu_in_bfloat16(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("models.fp8.try_product", tried.append)
     for device, dtype in (("cpu", "bfloat16"), ("cpu", "auto"), ("cuda", "float16"), ("cuda", "float32")):
         with pytest.raises(InvalidRequest, match="set") as refused:
-            weights.place(device, dtype, False, fp8=True)
+            weights.place(device, dtype, fp8=True)
         assert refused.value.field == "fp8"
     assert not tried
-    assert weights.place("cuda", "auto", False, fp8=True).fp8
+    assert weights.place("cuda", "auto", fp8=True).fp8
     assert [device.type for device in tried] == ["cuda"]
 
 

@@ -1,0 +1,98 @@
+"""A batch: sequences side by side, and what of their forwards stays the same while they stay together."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from models.adapters.controlnet import ControlBatch
+from models.adapters.lora import Mix, Worn
+from models.conditioning import stack
+from models.family import Conditioning
+from models.forward import Inputs
+from models.guidance import Guidance, ToDevice
+from models.sequence import Kept, Sequence
+
+
+@dataclass
+class Batch:
+    """Sequences of one latent shape; tensors are on the device."""
+
+    sequences: list[Sequence]
+    history: torch.Tensor  # (n, 8, c, h, w), of which each sequence holds its own part
+    parts: list[torch.Tensor]
+    told: list[Conditioning]  # each row's, as it is now
+    rows: Conditioning  # the same, stacked
+    owners: torch.Tensor  # (rows,) the sequence that each row belongs to
+    guidance: Guidance
+    beside: torch.Tensor | None  # (n, k, h, w) what an inpainting network sees beside the latents
+    kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
+    controls: ControlBatch
+    mixes: list[Mix]  # each row's LoRAs
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], to_device: ToDevice) -> Self:
+        told = _told(sequences)
+        owners = [n for n, sequence in enumerate(sequences) for _ in range(sequence.rows)]
+        history = [s.history for s in sequences if s.history is not None]
+        beside = [s.inputs for s in sequences if s.inputs is not None]  # all or none: a network takes them or not
+        return cls(
+            sequences=list(sequences),
+            history=torch.stack(history),
+            parts=history,
+            told=told,
+            rows=stack(told),
+            owners=to_device(torch.tensor(owners)),
+            guidance=Guidance.of(sequences, to_device),
+            beside=torch.stack(beside) if beside else None,
+            kept=_kept(sequences, history[0].device),
+            mixes=[s.mix for s in sequences for _ in range(s.rows)],
+            controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
+        )
+
+    def holds(self, sequences: list[Sequence]) -> bool:
+        """Whether these are the same sequences, and none has begun anew."""
+        return self.sequences == sequences and all(s.history is h for s, h in zip(sequences, self.parts, strict=True))
+
+    def inputs(self, lines: torch.Tensor, noise: torch.Tensor | None, loras: Worn | None) -> Inputs:
+        """Of the next forward, before ControlNets have looked at what is shown."""
+        told = _told(self.sequences)
+        if any(now is not before for now, before in zip(told, self.told, strict=True)):
+            self.told, self.rows = told, stack(told)
+        return Inputs(
+            history=self.history,
+            lines=lines,
+            owners=self.owners,
+            guidance=self.guidance,
+            rows=self.rows,
+            beside=self.beside,
+            noise=noise,
+            kept=self.kept,
+            residuals=None,
+            loras=loras,
+        )
+
+    def advance(self, moved: torch.Tensor, clean: torch.Tensor) -> None:
+        """Hands each sequence its history, one step later, and the clean latents it expects."""
+        self.history, self.parts = moved, list(moved)
+        for sequence, history, estimate in zip(self.sequences, self.parts, clean, strict=True):
+            sequence.history, sequence.estimate = history, estimate
+            sequence.position += 1
+
+
+def _told(sequences: list[Sequence]) -> list[Conditioning]:
+    return [row.at(s.step) for s in sequences for row in s.conditioning]
+
+
+def _kept(sequences: list[Sequence], device: torch.device) -> Kept | None:
+    """What the sequences keep, side by side; who keeps nothing has a mask of ones."""
+    if all(s.kept is None for s in sequences):
+        return None
+    zeros = torch.zeros(sequences[0].shape, device=device)
+    nothing = Kept(mask=torch.ones_like(zeros[:1]), clean=zeros, noise=zeros)
+    kept = [s.kept or nothing for s in sequences]
+    return Kept(
+        mask=torch.stack([k.mask for k in kept]),
+        clean=torch.stack([k.clean for k in kept]),
+        noise=torch.stack([k.noise for k in kept]),
+    )
