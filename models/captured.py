@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -58,7 +58,7 @@ class Graph:
     answered is copied away before the next.
     """
 
-    def __init__(self, pool: tuple[int, int], call: Callable[[], Outputs]):
+    def __init__(self, pool: Any, call: Callable[[], Outputs]):
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

@@ -103,6 +103,21 @@ class Package:
 _mode: ContextVar[Package | list[Mapping[str, Any]] | None] = ContextVar("mode", default=None)
 
 
+class _Forward:
+    """A network's forward, for which a package stands in where one is used."""
+
+    def __init__(self, plain: Callable[..., Any]):
+        self._plain = plain
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        mode = _mode.get()
+        if isinstance(mode, Package):
+            return mode(**named)
+        if mode is not None:
+            mode.append(named)
+        return self._plain(*given, **named)
+
+
 class Compiled:
     """Packages of one network by the form of its inputs: what they are and their shapes, but for the number of rows."""
 
@@ -110,17 +125,8 @@ class Compiled:
         self._network = network
         self._folder = folder
         self._packages: dict[str, Package] = {}
-        plain = network.forward
-
-        def forward(*given: Any, **named: Any) -> Any:
-            mode = _mode.get()
-            if isinstance(mode, Package):
-                return mode(**named)
-            if mode is not None:
-                mode.append(named)
-            return plain(*given, **named)
-
-        network.forward = forward
+        if not isinstance(network.forward, _Forward):  # of another engine with the same network
+            network.forward = _Forward(network.forward)
 
     def package(self, call: Callable[[], object]) -> Package | None:
         """For such calls of the network, of which one is made; compiled where it is not yet. None where the network has

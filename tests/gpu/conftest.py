@@ -2,7 +2,8 @@
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ class Subject:
             if not name.startswith("tokenizer"):
                 module.to(self.placement.dtype)
 
-    def engine(self, cap: int | None = None) -> Engine:
-        """Warmed up; its cap in rows is measured unless it is given."""
-        return assembled.engine(self.network, self.components, self.placement, self.side, cap)
+    def engine(self, cap: int | None = None, **how: Any) -> Engine:
+        """Warmed up, its networks placed like this; its cap in rows is measured unless it is given."""
+        return assembled.engine(self.network, self.components, replace(self.placement, **how), self.side, cap)
 
     def request(self, seed: int = 7, **options) -> GenerationRequest:
         asked = {

@@ -5,12 +5,14 @@ queue, on small networks in float32.
 """
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench.drift import exact_float32, nearest, recorded_latents
 from models.ahead import Ahead
+from models.compiled import COMPILING_S
 from models.embedded.upscalers.scores import psnr
 from models.errors import InvalidRequest
 from models.events import Event
@@ -124,14 +126,57 @@ def test_no_step_waits_for_the_gpu(gpu: str, subject: Subject):
     assert not heard  # a step that fails fails the request
 
 
-def test_the_host_is_at_most_one_step_ahead(gpu: str):
-    ahead, began = Ahead(torch.device(gpu)), time.perf_counter()
+def test_the_host_is_at_most_one_step_ahead_and_hears_what_each_took(gpu: str):
+    told: list[tuple[float, float]] = []
+    ahead, began = Ahead(torch.device(gpu), lambda *step: told.append(step)), time.perf_counter()
     lasted = []
-    for _ in range(5):
-        torch.cuda._sleep(200_000_000)  # cycles, some tenth of a second
-        ahead()
+    for number in range(5):
+        with ahead.step(number):
+            torch.cuda._sleep(200_000_000 * (1 + number % 2))  # cycles, some tenth of a second
         lasted.append(time.perf_counter() - began)
     torch.cuda.synchronize()
-    each = (time.perf_counter() - began) / 5
+    each = (time.perf_counter() - began) / 7
+    starts = [0, 1, 3, 4, 6]
     assert lasted[0] < 0.5 * each  # the first one is not waited for
-    assert all(n * each < at + 0.5 * each for n, at in enumerate(lasted))
+    assert all(start * each < at + 0.5 * each for start, at in zip(starts, lasted, strict=True))
+    assert [breadth for breadth, _ in told] == [0, 1, 2, 3]
+    assert [round(seconds / each) for _, seconds in told] == [1, 2, 1, 2]
+
+
+def test_graphs_draw_what_is_drawn_without_them(gpu: str, subject: Subject):
+    """The same kernels on the same numbers but for their rows: nearer than neighbours are."""
+    subject.settle()
+    requests = [*neighbours(subject), subject.request()]
+    plain = subject.engine()
+    expected = [drawn(one.data) for [one] in plain.generate(requests)]
+    faster = subject.engine(graphs=True)
+    captured = faster._denoiser.captured
+    for _ in range(3):
+        found = [drawn(one.data) for [one] in faster.generate(requests)]
+    assert captured is not None
+    assert captured.rows
+    assert all(psnr(ours, theirs) >= SAME_DB for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_compiled_network_draws_what_the_network_draws(gpu: str, subject: Subject, tmp_path: Path):
+    subject.settle()
+    request = subject.request(steps=50)
+    [[plain]] = subject.engine().generate([request])
+    engine = subject.engine(graphs=True, compiled=tmp_path)
+    captured = engine._denoiser.captured
+    assert captured is not None
+    until = time.monotonic() + COMPILING_S
+    while not any(kind.compiled for kind in captured._kinds.values()):
+        assert time.monotonic() < until
+        [[found]] = engine.generate([request])
+    [[found]] = engine.generate([request])
+    assert psnr(drawn(found.data), drawn(plain.data)) >= SAME_DB
+
+
+def test_pictures_decoded_beside_steps_are_those_decoded_alone(gpu: str, subject: Subject):
+    subject.settle()
+    engine = subject.engine()
+    requests = [subject.request(seed, steps=2 + 3 * seed) for seed in range(6)]
+    alone = [drawn(engine.generate([request])[0][0].data) for request in requests]
+    beside = [drawn(one.data) for [one] in engine.generate(requests)]
+    assert all(psnr(ours, theirs) >= SAME_DB for ours, theirs in zip(beside, alone, strict=True))
