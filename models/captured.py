@@ -133,16 +133,15 @@ class Captured:
         bare = replace(inputs, rows=replace(inputs.rows, remembered=None))  # no memory of what lay there before
         tensors = dict(leaves(bare))
         kind = self._kind(bare, tensors)
-        if kind is not None:
-            self._advance(kind, bare, tensors)
-        if kind is None or kind.place is None or kind.recording is None:
-            return self._plain(inputs)
-        kind.place.fill(tensors)
-        kind.recording.replay()
-        rows, images = len(inputs.owners), len(inputs.lines)
-        self.rows, self.padded = self.rows + rows, self.padded + kind.place.size - rows
-        moved, clean = kind.recording.outputs
-        return moved[:images].clone(), clean[:images].clone()
+        try:
+            if kind is not None and self._advance(kind, bare, tensors):
+                return self._replayed(kind, tensors)
+        except RuntimeError as fault:  # no room, an operation that cannot be captured, a package that fails
+            assert kind is not None
+            _log.warning("forwards of %d rows and this kind are made as they are: %s", len(inputs.owners), fault)
+            kind.place = kind.where = kind.recording = None
+            kind.refused = True
+        return self._plain(inputs)
 
     def clear(self) -> None:
         """Gives up all that was made, and its memory."""
@@ -161,22 +160,27 @@ class Captured:
             self._kinds.popitem(last=False)
         return kind
 
-    def _advance(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Makes of a kind what it is time for."""
+    def _replayed(self, kind: _Kind, tensors: Mapping[str, torch.Tensor]) -> Outputs:
+        assert kind.place is not None
+        assert kind.recording is not None
+        kind.place.fill(tensors)
+        kind.recording.replay()
+        rows, images = len(tensors[".owners"]), len(tensors[".lines"])
+        self.rows, self.padded = self.rows + rows, self.padded + kind.place.size - rows
+        moved, clean = kind.recording.outputs
+        return moved[:images].clone(), clean[:images].clone()
+
+    def _advance(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Makes of a kind what it is time for. Whether there is a recording."""
         kind.asked += 1
         finished = kind.compiled if self._compiled is not None else kind.recording is not None
-        if kind.refused or finished or kind.asked < WORTH:
-            return
-        try:
+        if not (kind.refused or finished or kind.asked < WORTH):
             if kind.where is None:
                 kind.place = _Place.like(tensors, _size(len(inputs.owners)))
                 kind.place.fill(tensors)
                 kind.where = planted(inputs, kind.place.tensors)
             self._make(kind, kind.where)
-        except RuntimeError as fault:  # out of memory, or an operation that cannot be captured
-            _log.warning("a forward of %d rows stays as it is: %s", len(inputs.owners), fault)
-            kind.place = kind.where = kind.recording = None
-            kind.refused = True
+        return kind.recording is not None
 
     def _make(self, kind: _Kind, where: Inputs) -> None:
         if kind.recording is None and self._record is not None:

@@ -24,7 +24,7 @@ import torch
 
 MOST_ROWS = 63  # from 64 on diffusers' Upsample2D takes another way
 COMPILING_S = 1800.0
-TOLERANCE = 0.02  # relative L2 distance between what is compiled and what is not, on one and the same input
+TOLERANCE = 0.05  # relative L2 distance between what is compiled and what is not: bfloat16 alone makes a hundredth
 
 _log = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()  # a compiler takes many cores
@@ -64,20 +64,12 @@ class Package:
             # Finds what this process finds, wherever it was started.
             program = f"import sys; sys.path[:] = {sys.path!r}; from models.compiling import main; main()"
             command = [sys.executable, "-c", program, str(self._path)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told, text=True)
-            assert process.stdin is not None
             try:
-                process.stdin.write(job + "\n")
-                process.stdin.flush()
-                code = process.wait(COMPILING_S)
-            except (OSError, subprocess.TimeoutExpired):
-                process.kill()
-                code = process.wait()
-            finally:
-                process.stdin.close()
-            if code:
+                with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told, text=True) as process:
+                    _have_done(process, job)
+            except (OSError, subprocess.SubprocessError) as fault:
                 told.seek(0)
-                self._fail(told.read()[-2000:])
+                self._fail(f"{fault}\n{told.read()[-2000:]}")
             else:
                 _log.info("compiled %s in %.0f s", self._path.name, time.monotonic() - began)
 
@@ -90,14 +82,28 @@ class Package:
         model.load_constants(dict(self._network.state_dict()), check_full_update=True, user_managed=True)
         expected, found = self._network(**example)[0].float(), model(**example)[0].float()
         distance = ((found - expected).norm() / expected.norm()).item()
-        if distance > TOLERANCE:
-            self._fail(f"its answer is {distance:.3g} from the network's")
-        else:
+        if distance <= TOLERANCE:
             self._model = model
+        else:
+            self._fail(f"its answer is {distance:.3g} from the network's")
 
     def _fail(self, why: str) -> None:
         _log.warning("the network serves as it is, %s is not used: %s", self._path, why)
         self.failed = True
+
+
+def _have_done(process: subprocess.Popen[str], job: str) -> None:
+    """Raises OSError or SubprocessError where the process does not do it, or not in time."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(job + "\n")
+        process.stdin.flush()
+        code = process.wait(COMPILING_S)
+    except BaseException:
+        process.kill()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, "models.compiling")
 
 
 _mode: ContextVar[Package | list[Mapping[str, Any]] | None] = ContextVar("mode", default=None)

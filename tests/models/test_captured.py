@@ -133,8 +133,24 @@ def test_what_cannot_be_captured_is_drawn_as_it_is(caplog: pytest.LogCaptureFixt
     assert (found == expected).all()
     assert not made.rows
     assert [record.getMessage() for record in caplog.records] == [
-        "a forward of 2 rows stays as it is: operation not permitted when stream is capturing"
+        "forwards of 2 rows and this kind are made as they are: operation not permitted when stream is capturing"
     ]
+
+
+class Failing(Recorded):
+    def replay(self) -> None:
+        raise RuntimeError("run_func_ failed")
+
+
+def test_a_recording_that_fails_is_given_up_and_nothing_is_lost(caplog: pytest.LogCaptureFixture):
+    [expected] = pictures(new_engine("sd15"), [ask(3)])
+    engine = new_engine("sd15")
+    made = capturing(engine, Failing)
+    with caplog.at_level(logging.WARNING):
+        [found] = pictures(engine, [ask(3)])
+    assert (found == expected).all()
+    assert "run_func_ failed" in caplog.text
+    assert not made.rows
 
 
 def test_a_step_that_fails_gives_up_what_was_made(monkeypatch: pytest.MonkeyPatch):
