@@ -36,7 +36,7 @@ STILL_S = 1800.0
 
 # What pictures depend on: a job that goes on with others of these would be two jobs.
 _OF_PICTURES = {
-    *("name", "family", "source", "revision", "config", "dtype"),
+    *("name", "family", "source", "revision", "config", "dtype", "fp8"),
     *("adapters", "controlnets", "preprocessors", "defaults"),
 }
 

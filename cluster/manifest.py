@@ -55,8 +55,8 @@ class Manifest:
     def begin(self, job: Mapping[str, Any]) -> None:
         """Claims the place for a job. Raises InvalidRequest where it holds another one's."""
         written = self._place.get(JOB)
-        if written is not None and orjson.loads(written) != job:
-            other = ", ".join(_differences(orjson.loads(written), job))
+        if written is not None and (differences := _differences(_said(orjson.loads(written)), _said(job))):
+            other = ", ".join(differences)
             raise InvalidRequest(
                 "output",
                 f"{self._place.output} holds another job, which differs in: {other}. Go on with that one's input and "
@@ -123,6 +123,14 @@ class Manifest:
 def _part(first: int) -> str:
     """A row is the first of one part only: what stands in a part is in no later one."""
     return f"{PARTS}/{first:09d}.jsonl"
+
+
+def _said(value: Any) -> Any:
+    """What a document says, without what is null, false or empty: a version without such a field did not write it."""
+    if not isinstance(value, Mapping):
+        return value
+    said = {name: _said(each) for name, each in value.items()}
+    return {name: each for name, each in said.items() if each not in (None, False, {})}
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

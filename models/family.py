@@ -140,18 +140,18 @@ def run_unet(
 ) -> torch.Tensor:
     """`Family.predict` by a UNet of diffusers', in the network's precision; one without added conditions has none.
 
-    Of what is added, `timestep_cond` (r, k) joins the timestep's embedding, the rest has a place of its own.
-
-    `beside` is what a particular UNet takes by name and others do not know.
+    Of what is added, `timestep_cond` (r, k) joins the timestep's embedding, the rest has a place of its own. `beside`
+    is what a particular UNet takes by name and others do not know.
     """
     down, mid = residuals or (None, None)
+    added = dict(rows.added)
     return unet(
         sample=latents.to(unet.dtype),
         timestep=timesteps,
         encoder_hidden_states=rows.context,
-        timestep_cond=rows.added.get("timestep_cond"),
+        timestep_cond=added.pop("timestep_cond", None),
         encoder_attention_mask=rows.mask,
-        added_cond_kwargs=dict(rows.added),
+        added_cond_kwargs=added,
         down_block_additional_residuals=down,
         mid_block_additional_residual=mid,
         **beside,

@@ -26,7 +26,7 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (n, k) in eight bits, contiguous, and their scales (n, 1) in float32. Rows of zeros stay zeros."""
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
     scale = (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
-    # Written where it belongs: on a GPU this is one kernel, without a float32 copy of x in memory.
+    # Written where it belongs, so that a float32 copy of x need not lie in memory.
     return torch.div(x, scale, out=torch.empty(x.shape, dtype=FP8, device=x.device)), scale
 
 
@@ -40,7 +40,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: to
 class Fp8Linear(nn.Linear):
     """A frozen linear layer of bfloat16 with its weights in eight bits: (..., in) -> (..., out).
 
-    Whatever is hooked on it sees inputs and outputs in bfloat16. The bias is the layer's own.
+    Whatever is hooked on it sees inputs and outputs in bfloat16. The bias is the layer's own. It stays in its
+    precision: cast to another one it cannot be called.
     """
 
     scale: torch.Tensor
@@ -104,6 +105,8 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         )
     try:
         try_product(device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         needs = "it takes compute capability 8.9 or more and a torch that knows this GPU; set it to false"
         raise InvalidRequest("fp8", f"this GPU does not multiply FP8 with scales by row ({error}); {needs}") from error

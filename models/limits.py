@@ -62,14 +62,20 @@ def check_choice(field: str, value: str, allowed: Iterable[str]) -> None:
         raise InvalidRequest(field, f"must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def check_strength(field: str, strength: float, steps: int) -> None:
+def check_takes_a_step(field: str, strength: float, steps: int) -> None:
     """Raises InvalidRequest for a strength above 0 that leaves not one of the steps, so that nothing would be drawn."""
-    DENOISE_STRENGTH.check(field, strength)
     if strength and int(steps * strength) == 0:
         counted = "1 step" if steps == 1 else f"{steps} steps"
         raise InvalidRequest(
-            field, f"{strength:g} of {counted} leaves no step to take: say more steps, or more strength"
+            field,
+            f"{strength:g} of {counted} leaves no step to take: say more steps, or a higher denoise strength (which is "
+            "a lower image_strength)",
         )
+
+
+def least_strength(steps: int) -> float:
+    """A strength that takes one of the steps, and hardly more."""
+    return math.ceil(1e6 / steps) / 1e6 if steps > 0 else 1.0
 
 
 def check_side(field: str, side: int) -> None:

@@ -26,7 +26,6 @@ class OneEncoder:
 
     zero_empty_negative = False
     takes_mask = False
-    guidance_width = 0
 
     def __init__(self, components: Components, placement: Placement):
         self._unet: Any = components.modules["unet"]
@@ -35,6 +34,7 @@ class OneEncoder:
         self.placement = placement
         self.networks = {"unet": self._unet, "text_encoder": self._text_encoder}
         self.network_config = self._unet.config
+        self.guidance_width = self._unet.config.time_cond_proj_dim or 0
         self.device = placement.device
         self.autoencoder = Autoencoder(components.modules["vae"], placement.device)
         self.revision = components.revision

@@ -114,12 +114,15 @@ class GenerationRequest:
         values["guidance_scale"] = card.guidance_scale if self.guidance_scale is None else self.guidance_scale
         values["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         values["variation_seed"] = self._variation_seed()
-        values["denoise_strength"] = self._strength()
+        values["denoise_strength"] = self._strength(steps)
         values["guidance_input"] = card.guidance_input
         if self.hires is not None and self.hires.steps is None:
             values["hires"] = replace(self.hires, steps=steps)
         effective = EffectiveRequest(**values)
         effective.check(card)
+        limits.check_takes_a_step("denoise_strength", effective.denoise_strength, steps)
+        if effective.hires is not None and effective.hires.steps is not None:
+            limits.check_takes_a_step("hires.denoise_strength", effective.hires.denoise_strength, effective.hires.steps)
         return effective
 
     @property
@@ -172,11 +175,11 @@ class GenerationRequest:
             return self.variation_seed
         return secrets.randbelow(2**32)
 
-    def _strength(self) -> float:
+    def _strength(self, steps: int) -> float:
         if self.denoise_strength is not None and self.task in ("txt2img", "upscale"):
             raise InvalidRequest("denoise_strength", "needs an input picture in `image`, one to be drawn anew")
         filled = self.task == "inpaint" and self.mask_fill != "original"  # which from noise alone would not be seen
-        default = _STRENGTH["img2img" if filled else self.task]
+        default = max(_STRENGTH["img2img" if filled else self.task], limits.least_strength(steps))
         return default if self.denoise_strength is None else self.denoise_strength
 
 
@@ -264,7 +267,7 @@ class EffectiveRequest(GenerationRequest):
         limits.SAMPLES.check("samples", self.samples)
         limits.VARIATION_STRENGTH.check("variation_strength", self.variation_strength)
         limits.CLIP_SKIP.check("clip_skip", self.clip_skip)
-        limits.check_strength("denoise_strength", self.denoise_strength, self.steps)
+        limits.DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
         limits.MASK_BLUR.check("mask_blur", self.mask_blur)
         limits.MASK_GROW.check("mask_grow", self.mask_grow)
         limits.MASK_PADDING.check("mask_padding", self.mask_padding)
@@ -308,8 +311,6 @@ class EffectiveRequest(GenerationRequest):
         for field, part in parts.items():
             if part is not None:
                 part.check(field)
-        if self.hires is not None:
-            limits.check_strength("hires.denoise_strength", self.hires.denoise_strength, self.hires.steps or self.steps)
         for field, uses in (("controls", self.controls), ("adapters", self.adapters)):
             for i, use in enumerate(uses):
                 use.check(f"{field}.{i}")

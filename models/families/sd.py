@@ -23,7 +23,6 @@ class SD(OneEncoder):
     def __init__(self, components: Components, placement: Placement):
         super().__init__(components, placement)
         self.takes_mask = takes_mask(self._unet, self.autoencoder.channels)
-        self.guidance_width = self._unet.config.time_cond_proj_dim or 0
         remember(self._unet)
 
     def predict(

@@ -31,6 +31,7 @@ class SDx2(OneEncoder):
 
     def __init__(self, components: Components, placement: Placement):
         super().__init__(components, placement)
+        self.guidance_width = 0  # what its UNet is told there is something else
         config, channels = self._unet.config, self.autoencoder.channels
         told = _NOISE_FEATURES + self.text_widths[0]
         if (config.in_channels, config.out_channels, config.time_cond_proj_dim) != (2 * channels, channels + 1, told):

@@ -9,7 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from app.settings import ModelSettings
 from app.stores.store import StoreUnavailable
+from cluster.batch import _OF_PICTURES
 from cluster.manifest import SCHEMA, Manifest
 from cluster.place import Place
 from models.errors import InvalidRequest
@@ -90,6 +92,20 @@ def test_a_place_belongs_to_one_job(place: Place):
     Manifest(place).begin(JOB)
     with pytest.raises(InvalidRequest, match="differs in: input, model"):
         Manifest(place).begin(JOB | {"input": "cd", "model": {"name": "sdxl"}})
+
+
+def test_a_field_that_an_older_version_did_not_know_makes_no_other_job(place: Place):
+    Manifest(place).begin(JOB)
+    known = JOB["model"] | {"fp8": False, "defaults": {"guidance_input": None}}
+    with pytest.raises(InvalidRequest, match="differs in: model"):
+        Manifest(place).begin(JOB | {"model": known | {"fp8": True}})
+    Manifest(place).begin(JOB | {"model": {key: value for key, value in known.items() if key != "defaults"}})
+
+
+def test_every_setting_of_a_model_is_one_that_pictures_depend_on_or_is_not():
+    of_the_machine = {"device", "offload", "threads", "max_rows", "lora_cache_mib", "graphs", "compiled"}
+    of_the_server = {"max_waiting", "max_wait_s", "routing", "hold_s"}
+    assert set(ModelSettings.model_fields) == _OF_PICTURES | of_the_machine | of_the_server
 
 
 def test_a_manifest_without_a_job_is_not_written_over(place: Place):
