@@ -1,6 +1,6 @@
 """Forwards made fast: captured as CUDA graphs, so that a whole step is one launch, and of a compiled network.
 
-Both want few numbers of rows, so these are rounded up, and tensors in fixed places: a graph is replayed over what has
+Graphs want few numbers of rows, so these are rounded up, and tensors in fixed places: they are replayed over what has
 been copied there since. Forwards are of one kind when they have the same tensors, but for how many of their rows count.
 """
 
@@ -17,11 +17,11 @@ import torch
 from models.compiled import MOST_ROWS, Compiled, Package
 from models.forward import Inputs, leaves, planted
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows; a forward of more is made as it is
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows; a forward of more is not captured
 WORTH = 3  # forwards of one kind before it is captured, which takes as long as several of them
 LASTING = 30  # and before it is compiled: not in the warm-up, whose measurements that would disturb
 KINDS = 64  # that are remembered; the least recently used one is given up
-BYTES = 2**30  # that the inputs of one may take; many large LoRAs take more, and are not captured
+BYTES = 2**30  # that the places of all kinds take together; a kind that takes more alone is not captured
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 _log = logging.getLogger(__name__)
@@ -40,37 +40,38 @@ Run = Callable[[Inputs], Outputs]
 Fused = Callable[[Package, Inputs], Outputs]
 
 
-class Again:
-    """The call itself, made again each time."""
+class Graphs:
+    """Records what calls do on a GPU.
 
-    def __init__(self, call: Callable[[], Outputs]):
-        self._call = call
-        self.outputs = call()
-
-    def replay(self) -> None:
-        self.outputs = self._call()
-
-
-class Graph:
-    """A recording of what a call does on a GPU.
-
-    Several share one `pool` of memory: they are replayed one after the other on one stream, and what a replay has
-    answered is copied away before the next.
+    All of them share one pool of memory: they are replayed one after the other on one stream, and what a replay has
+    answered is copied away before the next. The two streams stay the same, because libraries keep a workspace for each.
     """
 
-    def __init__(self, pool: Any, call: Callable[[], Outputs]):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            call()  # libraries choose their kernels and take their workspaces when first called
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device):
+        self._trying, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Outputs]) -> Recording:
+        self._trying.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._trying):
+            call()  # libraries choose their kernels when first called
+        torch.cuda.current_stream().wait_stream(self._trying)
+        graph = torch.cuda.CUDAGraph()
         # Other threads may copy to the GPU meanwhile, as when they load a LoRA.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = call()
+        with torch.cuda.graph(graph, self._pool, self._capturing, capture_error_mode="thread_local"):
+            outputs = call()
+        return Graph(graph, outputs)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recording on a GPU."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: Outputs
 
     def replay(self) -> None:
-        self._graph.replay()
+        self.graph.replay()
 
 
 @dataclass(kw_only=True)
@@ -87,6 +88,10 @@ class _Place:
     @classmethod
     def like(cls, tensors: Mapping[str, torch.Tensor], size: int) -> "_Place":
         return cls(size=size, tensors={name: _zeros(tensor, size) for name, tensor in tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies what has changed: what stays the same from step to step is the same object."""
@@ -107,24 +112,30 @@ class _Kind:
 
     asked: int = 0
     refused: bool = False
-    place: _Place | None = None
-    where: Inputs | None = None  # the place, as a forward takes it
     package: Package | None = None
-    compiled: bool = False  # the recording is one of the compiled network
+    place: _Place | None = None
     recording: Recording | None = None
+    compiled: bool = False  # whether the recording is one of the package
 
 
 class Captured:
     """Runs forwards as `plain` does, faster where they come often. One thread at a time.
 
-    Without `record` nothing is captured. `fused` runs them with one of the packages that `compiled` has, which know
-    nothing of LoRAs. `rows` and `padded` count the rows that were wanted, and those that were computed beside them for
-    nothing.
+    `recorder` makes what records them; without one nothing is captured. `fused` runs them with one of the packages that
+    `compiled` has, which know nothing of LoRAs. `rows` and `padded` count the rows of replays that were wanted, and
+    those that were computed beside them for nothing.
     """
 
-    def __init__(self, plain: Run, record: Record | None, fused: Fused | None = None, compiled: Compiled | None = None):
+    def __init__(
+        self,
+        plain: Run,
+        recorder: Callable[[], Record] | None,
+        fused: Fused | None = None,
+        compiled: Compiled | None = None,
+    ):
         self._plain, self._fused = plain, fused
-        self._record = record
+        self._recorder = recorder
+        self._record = None if recorder is None else recorder()
         self._compiled = compiled
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self.rows = self.padded = 0
@@ -133,24 +144,42 @@ class Captured:
         bare = replace(inputs, rows=replace(inputs.rows, remembered=None))  # no memory of what lay there before
         tensors = dict(leaves(bare))
         kind = self._kind(bare, tensors)
+        if kind is None:
+            return self._plain(inputs)
+        kind.asked += 1
+        if kind.asked == LASTING and self._compiled is not None and inputs.loras is None and _size(bare) <= MOST_ROWS:
+            kind.package = self._compiled.package(partial(self._plain, bare))
+        made = None
         try:
-            if kind is not None and self._advance(kind, bare, tensors):
-                return self._replayed(kind, tensors)
+            made = self._made(kind, bare, tensors)
         except RuntimeError as fault:  # no room, an operation that cannot be captured, a package that fails
-            assert kind is not None
             _log.warning("forwards of %d rows and this kind are made as they are: %s", len(inputs.owners), fault)
-            kind.place = kind.where = kind.recording = None
+            kind.place = kind.recording = kind.package = None
             kind.refused = True
-        return self._plain(inputs)
+        return self._plain(inputs) if made is None else made
 
-    def clear(self) -> None:
-        """Gives up all that was made, and its memory."""
+    def clear(self) -> bool:
+        """Gives up all that was made, and its memory. Whether there was anything."""
+        some = any(kind.place is not None for kind in self._kinds.values())
         self._kinds.clear()
+        if self._recorder is not None:
+            self._record = self._recorder()  # a pool that has been empty cannot be captured into again
+        return some
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled network is in use."""
+        return any(kind.package is not None and kind.package.ready() for kind in self._kinds.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the network could not be compiled."""
+        return any(kind.package is not None and kind.package.failed for kind in self._kinds.values())
 
     def _kind(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> _Kind | None:
         """None where forwards like this are always made as they are."""
-        size = _size(len(inputs.owners))
-        if not size or size * sum(tensor[0].nbytes for tensor in tensors.values()) > BYTES:
+        size = _size(inputs) if self._record is not None else 0
+        if size > SIZES[-1] or size * sum(tensor[0].nbytes for tensor in tensors.values()) > BYTES:
             return None
         shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
         key = size, shapes, None if inputs.loras is None else inputs.loras.layout
@@ -160,50 +189,62 @@ class Captured:
             self._kinds.popitem(last=False)
         return kind
 
-    def _replayed(self, kind: _Kind, tensors: Mapping[str, torch.Tensor]) -> Outputs:
+    def _made(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> Outputs | None:
+        """None where they are to be made as they are."""
+        if self._record is not None:
+            return self._replayed(kind, inputs, tensors) if self._recorded(kind, inputs, tensors) else None
+        if self._fused is None or kind.package is None or not kind.package.ready():
+            return None
+        return self._fused(kind.package, inputs)  # it takes any number of rows
+
+    def _recorded(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether there is a recording of this kind; it is made when it is time."""
+        if kind.refused or kind.asked < WORTH or self._record is None:
+            return False
+        if kind.recording is None:
+            self._make_room(_size(inputs) * sum(tensor[0].nbytes for tensor in tensors.values()))
+            kind.place = _Place.like(tensors, _size(inputs))
+            kind.place.fill(tensors)
+            kind.recording = self._record(partial(self._plain, planted(inputs, kind.place.tensors)))
+        if kind.package is not None and not kind.compiled and kind.package.ready():
+            self._record_compiled(kind, kind.package, inputs)
+        return True
+
+    def _record_compiled(self, kind: _Kind, package: Package, inputs: Inputs) -> None:
+        assert self._record is not None
+        assert self._fused is not None
+        assert kind.place is not None
+        try:
+            kind.recording = self._record(partial(self._fused, package, planted(inputs, kind.place.tensors)))
+            kind.compiled = True
+        except RuntimeError as fault:  # the recording that there is goes on
+            package.fail(f"it cannot be captured: {fault}")
+
+    def _replayed(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> Outputs:
         assert kind.place is not None
         assert kind.recording is not None
         kind.place.fill(tensors)
         kind.recording.replay()
-        rows, images = len(tensors[".owners"]), len(tensors[".lines"])
+        rows, images = len(inputs.owners), len(inputs.lines)
         self.rows, self.padded = self.rows + rows, self.padded + kind.place.size - rows
         moved, clean = kind.recording.outputs
         return moved[:images].clone(), clean[:images].clone()
 
-    def _advance(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Makes of a kind what it is time for. Whether there is a recording."""
-        kind.asked += 1
-        finished = kind.compiled if self._compiled is not None else kind.recording is not None
-        if not (kind.refused or finished or kind.asked < WORTH):
-            if kind.where is None:
-                kind.place = _Place.like(tensors, _size(len(inputs.owners)))
-                kind.place.fill(tensors)
-                kind.where = planted(inputs, kind.place.tensors)
-            self._make(kind, kind.where)
-        return kind.recording is not None
-
-    def _make(self, kind: _Kind, where: Inputs) -> None:
-        if kind.recording is None and self._record is not None:
-            kind.recording = self._record(partial(self._plain, where))
-        if self._compiled is None or self._fused is None or where.loras is not None:
-            return
-        if kind.asked == LASTING and len(where.owners) <= MOST_ROWS:
-            kind.package = self._compiled.package(partial(self._plain, where))
-        if kind.package is not None and kind.package.ready():
-            kind.recording = (self._record or Again)(partial(self._fused, kind.package, where))
-            kind.compiled = True
+    def _make_room(self, wanted: int) -> None:
+        """Gives up the places of the kinds that have not come for longest."""
+        taken = OrderedDict((key, kind.place.nbytes) for key, kind in self._kinds.items() if kind.place is not None)
+        while sum(taken.values()) + wanted > BYTES:
+            key, _ = taken.popitem(last=False)
+            del self._kinds[key]
 
 
-def _size(rows: int) -> int:
-    """The smallest of the sizes that has room, 0 where none has."""
-    at = bisect_left(SIZES, rows)
-    return SIZES[at] if at < len(SIZES) else 0
+def _size(inputs: Inputs) -> int:
+    """The smallest of the sizes that has room for the rows, or one more than the largest."""
+    at = bisect_left(SIZES, len(inputs.owners))
+    return SIZES[at] if at < len(SIZES) else SIZES[-1] + 1
 
 
 def _zeros(tensor: torch.Tensor, size: int) -> torch.Tensor:
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.zeros(
-        (size, *tensor.shape[1:]),
-        dtype=tensor.dtype,
-        device=tensor.device,
-    ).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    made = torch.zeros((size, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+    return made.to(memory_format=torch.channels_last if last else torch.contiguous_format)

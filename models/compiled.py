@@ -8,6 +8,8 @@ native code: nobody else may write to the folder.
 import hashlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +20,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 MOST_ROWS = 63  # from 64 on diffusers' Upsample2D takes another way
 COMPILING_S = 1800.0
+PACKAGES = 16  # of one network at most: clients choose sizes
+RECIPE = 1  # another number wherever what is compiled, or how, has changed here
 TOLERANCE = 0.05  # relative L2 distance between what is compiled and what is not: bfloat16 alone makes a hundredth
 
 _log = logging.getLogger(__name__)
@@ -48,62 +52,68 @@ class Package:
         if self._model is None and not self.failed and self._path.exists():
             try:
                 self._load()
-            except RuntimeError as fault:
-                self._fail(f"it cannot be loaded: {fault}")
+            except torch.OutOfMemoryError:
+                return False  # another time there may be room
+            except (RuntimeError, OSError) as fault:
+                self.fail(f"it cannot be loaded: {fault}")
         return self._model is not None
 
     def __call__(self, **named: Any) -> Any:
         return self._model(**named)
 
+    def fail(self, why: str) -> None:
+        """It is not used from now on, and made anew by the next start."""
+        _log.warning("the network serves as it is, %s is not used: %s", self._path, why)
+        self.failed, self._model, self._example = True, None, None
+        self._path.unlink(missing_ok=True)
+
     def _compile(self, job: str) -> None:
         """Has a process do it, which ends when this one does."""
-        with _one_at_a_time, tempfile.TemporaryFile("w+") as told:
-            if self._path.exists():  # another model of the same architecture needed it
-                return
-            began = time.monotonic()
-            # Finds what this process finds, wherever it was started.
-            program = f"import sys; sys.path[:] = {sys.path!r}; from models.compiling import main; main()"
-            command = [sys.executable, "-c", program, str(self._path)]
-            try:
-                with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told, text=True) as process:
-                    _have_done(process, job)
-            except (OSError, subprocess.SubprocessError) as fault:
-                told.seek(0)
-                self._fail(f"{fault}\n{told.read()[-2000:]}")
-            else:
-                _log.info("compiled %s in %.0f s", self._path.name, time.monotonic() - began)
+        began = time.monotonic()
+        try:
+            with _one_at_a_time, tempfile.TemporaryFile("w+") as said:
+                _have_done(job, self._path, said)
+        except (OSError, subprocess.SubprocessError) as fault:
+            self.fail(f"it was not compiled: {fault}")
+        else:
+            _log.info("%s is there after %.0f s", self._path.name, time.monotonic() - began)
 
     def _load(self) -> None:
         """Takes it into use with the network's own weights, if it answers as the network does."""
         assert self._example is not None
-        example, self._example = self._example, None
         # Graphs are captured around it, which its own locks would stand in the way of.
         model: Any = torch._inductor.aoti_load_package(str(self._path), run_single_threaded=True)
+        # It keeps the weights where they are, for as long as this process lives.
         model.load_constants(dict(self._network.state_dict()), check_full_update=True, user_managed=True)
-        expected, found = self._network(**example)[0].float(), model(**example)[0].float()
+        expected, found = self._network(**self._example)[0].float(), model(**self._example)[0].float()
         distance = ((found - expected).norm() / expected.norm()).item()
         if distance <= TOLERANCE:
-            self._model = model
+            self._model, self._example = model, None
         else:
-            self._fail(f"its answer is {distance:.3g} from the network's")
-
-    def _fail(self, why: str) -> None:
-        _log.warning("the network serves as it is, %s is not used: %s", self._path, why)
-        self.failed = True
+            self.fail(f"its answer is {distance:.3g} from the network's")
 
 
-def _have_done(process: subprocess.Popen[str], job: str) -> None:
-    """Raises OSError or SubprocessError where the process does not do it, or not in time."""
-    assert process.stdin is not None
-    try:
-        process.stdin.write(job + "\n")
-        process.stdin.flush()
-        code = process.wait(COMPILING_S)
-    except BaseException:
-        process.kill()
-        raise
+def _have_done(job: str, package: Path, said: IO[str]) -> None:
+    """Raises OSError or SubprocessError, with what the process has said, where it does not do it, or not in time."""
+    # Finds what this process finds, wherever it was started.
+    program = f"import sys; sys.path[:] = {sys.path!r}; from models.compiling import main; main()"
+    command = [sys.executable, "-c", program, str(package)]
+    # A session of its own, so that the compilers it starts can be ended with it.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=said, stderr=said, text=True, start_new_session=True
+    )
+    with process:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(job + "\n")
+            process.stdin.flush()
+            code = process.wait(COMPILING_S)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     if code:
-        raise subprocess.CalledProcessError(code, "models.compiling")
+        said.seek(0)
+        raise subprocess.SubprocessError(f"the process ended with {code}: {said.read()[-2000:]}")
 
 
 _mode: ContextVar[Package | list[Mapping[str, Any]] | None] = ContextVar("mode", default=None)
@@ -135,8 +145,10 @@ class Compiled:
             network.forward = _Forward(network.forward)
 
     def package(self, call: Callable[[], object]) -> Package | None:
-        """For such calls of the network, of which one is made; compiled where it is not yet. None where the network has
-        hooks, which a compiled one would not have."""
+        """For such calls of the network, of which one is made; compiled where it is not yet.
+
+        None where the network has hooks, which a compiled one would not have, and where it has enough packages.
+        """
         if any(module._forward_hooks or module._forward_pre_hooks for module in self._network.modules()):
             return None
         seen: list[Mapping[str, Any]] = []
@@ -145,12 +157,10 @@ class Compiled:
             call()
         finally:
             _mode.reset(token)
-        [example] = seen
-        key = _key(self._network, example)
-        if key not in self._packages:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._packages[key] = Package(self._network, self._folder / f"{key}.pt2", example)
-        return self._packages[key]
+        key = _key(self._network, seen[0])
+        if key not in self._packages and len(self._packages) < PACKAGES:
+            self._packages[key] = Package(self._network, self._folder / f"{key}.pt2", seen[0])
+        return self._packages.get(key)
 
     @staticmethod
     @contextmanager
@@ -166,11 +176,13 @@ class Compiled:
 def _job(network: Any, example: Mapping[str, Any]) -> dict[str, Any]:
     """What the process has to know, in plain data."""
     parameter = next(network.parameters())
+    config = json.loads(network.to_json_string())
     return {
         "network": type(network).__name__,
-        "config": json.loads(network.to_json_string()),
+        "config": {name: value for name, value in config.items() if not name.startswith("_")},  # where it came from
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
+        "threads": torch.get_num_threads(),
         "channels_last": network.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
         "example": {name: _told(value) for name, value in example.items()},
     }
@@ -179,10 +191,18 @@ def _job(network: Any, example: Mapping[str, Any]) -> dict[str, Any]:
 def _key(network: Any, example: Mapping[str, Any]) -> str:
     """The name of a package: another one wherever another one is needed."""
     job = _job(network, example)
-    device = torch.cuda.get_device_name() if job["device"] == "cuda" else torch.backends.cpu.get_cpu_capability()
     versions = {name: version(name) for name in ("torch", "diffusers")}
-    text = json.dumps([job, device, versions], sort_keys=True)
+    text = json.dumps([RECIPE, job, _processor(job["device"]), versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _processor(device: str) -> str:
+    """What code for a device may run on: a GPU's name, or what a CPU can."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    return next((line for line in lines if line.startswith("flags")), torch.backends.cpu.get_cpu_capability())
 
 
 def _told(value: Any) -> Any:

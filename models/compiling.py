@@ -4,8 +4,10 @@ The network is made anew with random weights, which the package does not hold. T
 where the input ends before it is done, whoever wanted it is gone.
 """
 
+import fcntl
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -22,22 +24,28 @@ ROWS = 2  # of the example; with one row the number would be taken for a constan
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_input, daemon=True).start()
-    os.nice(10)  # others serve meanwhile
     package = Path(sys.argv[1])
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(package.parent / "inductor")  # for the next shape of the network
     draft = package.with_name(f"{package.stem}-{os.getpid()}.pt2")
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_input, args=(draft,), daemon=True).start()
+    os.nice(10)  # others serve meanwhile
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(package.parent / "inductor")  # for the next shape of the network
+    torch.set_num_threads(job["threads"])
     try:
-        _compile(job, draft)
-        draft.replace(package)
+        with package.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # replicas of one machine want the same
+            if not package.exists():
+                _compile(job, draft)
+                draft.replace(package)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _end_with_the_input() -> None:
+def _end_with_the_input(draft: Path) -> None:
+    """With all processes of this one's."""
     sys.stdin.read()
-    os._exit(1)
+    draft.unlink(missing_ok=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """From latents to pixels beside the steps: on a GPU in a stream of its own, so that no step waits for a picture."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -23,12 +24,16 @@ class Decoder:
     @property
     def busy(self) -> bool:
         """Whether the last call's pictures are still being decoded."""
-        return self._ended is not None and not self._ended.query()
+        try:
+            return self._ended is not None and not self._ended.query()
+        except RuntimeError:  # of anything that the GPU was given: whoever waits for a picture or steps next is told
+            return False
 
     def wait(self) -> None:
         """Until it is not busy."""
         if self._ended is not None:
-            self._ended.synchronize()
+            with suppress(RuntimeError):
+                self._ended.synchronize()
 
     def __call__(self, latents: torch.Tensor) -> Pictures:
         """Begins with latents (n, c, h, w)."""
@@ -38,8 +43,8 @@ class Decoder:
             return lambda: pictures
         self._stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self._stream):
-            pixels = self._autoencoder.decode(latents)
             latents.record_stream(self._stream)
+            pixels = self._autoencoder.decode(latents)
             here = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
             here.copy_(pixels, non_blocking=True)
             self._ended = ended = torch.cuda.Event(blocking=True)

@@ -41,11 +41,11 @@ class Delivery:
         """The next few to decode together: one shape, and no more than would hold up the steps.
 
         Interactive work comes first, then whoever has waited for longest since pictures of theirs were taken. While
-        there are others whose work is as urgent, one picture of each is enough: it is their time. None while the last
-        ones are still being decoded beside the steps.
+        there are others whose work is as urgent, one picture of each is enough: it is their time. Nothing while the
+        last ones are still being decoded beside the steps.
         """
         stepping = list(stepping)
-        if not stepping:
+        if self.queue and not stepping:
             self._decoder.wait()  # there is nothing else to do
         if not self.queue or self._decoder.busy:
             return []

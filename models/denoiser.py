@@ -8,7 +8,7 @@ import torch
 from models.adapters.lora import UNET
 from models.ahead import Ahead, Tell
 from models.batch import Batch
-from models.captured import Captured, Graph, Outputs
+from models.captured import Captured, Graphs, Outputs
 from models.compiled import Compiled, Package
 from models.family import Conditioning, Family, Residuals
 from models.forward import Inputs, forward
@@ -32,11 +32,11 @@ class Denoiser:
 
     def _faster(self) -> Captured | None:
         placement = self._family.placement
-        record = partial(Graph, torch.cuda.graph_pool_handle()) if placement.graphs else None
+        recorder = partial(Graphs, self._family.device) if placement.graphs else None
         if placement.compiled is not None:
             compiled = Compiled(self._family.networks[UNET], placement.compiled)
-            return Captured(self._plain, record, self._fused, compiled)
-        return Captured(self._plain, record) if record else None
+            return Captured(self._plain, recorder, self._fused, compiled)
+        return Captured(self._plain, recorder) if recorder else None
 
     @torch.inference_mode()
     def step(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -44,13 +44,20 @@ class Denoiser:
 
         Nothing has changed when it raises, so the same sequences can be stepped again in smaller batches.
         """
+        try:
+            return self._tried(sequences)
+        except torch.OutOfMemoryError:
+            if self.captured is None or not self.captured.clear():
+                raise
+        torch.cuda.empty_cache()
+        return self._tried(sequences)  # in the room that what was captured took
+
+    def _tried(self, sequences: list[Sequence]) -> torch.Tensor:
         states = [sequence.generator.get_state() for sequence in sequences]
         try:
             return self._step(sequences)
         except BaseException:
             self._batch = None  # perhaps there was no room
-            if self.captured is not None:
-                self.captured.clear()
             for sequence, state in zip(sequences, states, strict=True):
                 sequence.generator.set_state(state)
             raise

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from models.adapters.lora import Worn
+from models.adapters.lora import PLAIN, Worn
 from models.family import Conditioning, Residuals
 from models.guidance import Guidance
 from models.sequence import Kept
@@ -94,7 +94,9 @@ def planted(tree: T, tensors: Mapping[str, torch.Tensor], name: str = "") -> T:
 
 def _branches(tree: object) -> Iterable[tuple[str, Any]]:
     if is_dataclass(tree):
-        return ((each.name, getattr(tree, each.name)) for each in fields(tree) if each.init)
+        return (
+            (each.name, getattr(tree, each.name)) for each in fields(tree) if each.init and not each.metadata.get(PLAIN)
+        )
     if isinstance(tree, Mapping):
         return tree.items()
     return ((str(i), branch) for i, branch in enumerate(tree)) if isinstance(tree, list | tuple) else ()

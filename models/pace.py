@@ -1,4 +1,4 @@
-"""Pace: how long a device takes for work, measured when an engine warms up, corrected by every turn since. No torch."""
+"""Pace: how long a device takes for work, measured when an engine warms up, corrected ever since. No torch."""
 
 import math
 from collections.abc import Mapping

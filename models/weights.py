@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ def place(
         check_fp8(torch.device(device), DTYPES[dtype])
     if graphs and device != "cuda":
         raise InvalidRequest("graphs", f"graphs are CUDA's and the device is `{device}`; set it to false")
-    if compiled is not None and fp8:
-        raise InvalidRequest("compiled", "what is compiled runs in the precision of `dtype`: leave out `fp8`, or this")
+    if compiled is not None:
+        _check_compiled(compiled, device, fp8)
     # float16 ends at 65504, and the activations of Stable Diffusion's decoders go beyond: black pictures.
     vae_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     return Placement(
@@ -127,6 +128,19 @@ def place(
         graphs=graphs,
         compiled=compiled,
     )
+
+
+def _check_compiled(folder: Path, device: str, fp8: bool) -> None:
+    if fp8:
+        raise InvalidRequest("compiled", "what is compiled runs in the precision of `dtype`: leave out `fp8`, or this")
+    if device not in ("cuda", "cpu"):
+        raise InvalidRequest("compiled", f"networks are compiled for cuda and cpu and the device is `{device}`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidRequest("compiled", f"nothing can be kept in {folder}: {error}") from error
 
 
 def load(source: Source, names: Mapping[str, type], placement: Placement) -> Components:

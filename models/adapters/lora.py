@@ -5,9 +5,9 @@ arXiv:2106.09685; for convolutions with a window LyCORIS' LoCon, arXiv:2309.1485
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 CONFIGURATION = "lora_adapter_metadata"  # where diffusers' save_lora_weights keeps peft's configuration
 GATHERED_BYTES = 256 * 2**20  # up to so many every row gets its own copy once, and not at every layer of every step
+PLAIN = "plain"  # marks a field that holds no tensors, and much else (models.forward)
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 # Parts of tensors' names that tell of something else than a LoRA.
@@ -242,7 +243,7 @@ class Worn:
 
     values: Tensor
     index: Tensor | None
-    layout: tuple[tuple[str, _Slot], ...]
+    layout: tuple[tuple[str, _Slot], ...] = field(metadata={PLAIN: True})
 
 
 class LoraLayers:
@@ -267,12 +268,16 @@ class LoraLayers:
         mixes = [tuple((lora, w) for lora, w in mix if w and self._name in lora.targets) for mix in rows]
         if not any(mixes):
             return None
-        stack = self._stacked(list(dict.fromkeys(mixes)))
+        worn = list(dict.fromkeys(mixes))
+        stack = self._stacked(worn)
         if self._worn is None or stack is not self._stack or mixes != self._rows:
-            index = torch.tensor([stack.positions[mix] for mix in mixes]).to(self._device, non_blocking=True)
-            gathered = len(mixes) * stack.values[0].nbytes <= GATHERED_BYTES
+            index = self._indices(worn.index(mix) for mix in mixes)
+            values = stack.values
+            if worn != list(stack.positions):  # it may hold others too, which have left
+                values = values[self._indices(stack.positions[mix] for mix in worn)]
+            gathered = len(mixes) * values[0].nbytes <= GATHERED_BYTES
             self._worn = Worn(
-                values=stack.values[index] if gathered else stack.values,
+                values=values[index] if gathered else values,
                 index=None if gathered else index,
                 layout=tuple(stack.layout.items()),
             )
@@ -293,14 +298,21 @@ class LoraLayers:
         if worn is None:
             yield
             return
-        if self._hooked[0] is not worn:
-            self._hooked = worn, {path: _hook(self._modules[path], worn, slot) for path, slot in worn.layout}
-        handles = [self._modules[path].register_forward_hook(hook) for path, hook in self._hooked[1].items()]
+        hooks = self._hooked[1] if self._hooked[0] is worn else self._hooks(worn)
+        if worn is self._worn:  # others are recorded, and come once
+            self._hooked = worn, hooks
+        handles = [self._modules[path].register_forward_hook(hook) for path, hook in hooks.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _hooks(self, worn: Worn) -> dict[str, Callable[..., None]]:
+        return {path: _hook(self._modules[path], worn, slot) for path, slot in worn.layout}
+
+    def _indices(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor(list(numbers)).to(self._device, non_blocking=True)
 
     def _stacked(self, mixes: list[Mix]) -> _Stack:
         old = self._stack

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -15,15 +16,16 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from models import compiled
-from models.captured import LASTING
+from models.captured import LASTING, Captured
 from models.card import ModelCard
 from models.compiled import Compiled
 from models.engine import Engine
+from models.errors import InvalidRequest
 from models.families.sd import SD
 from models.parts import AdapterUse
 from models.registered import Adapters
 from models.request import GenerationRequest
-from models.weights import Components
+from models.weights import Components, place
 from tests.models.conftest import drawn, folder, loaded_family
 
 # Compiling even this takes a minute or two of a slow processor.
@@ -74,15 +76,17 @@ def pictures(engine: Engine, requests: list[GenerationRequest]) -> list[np.ndarr
 def settle(engine: Engine) -> float:
     """Draws until what is asked for often is compiled; the seconds that took."""
     began = time.monotonic()
-    while not any(kind.compiled for kind in kinds(engine)):
+    while not captured(engine).compiled:
         assert time.monotonic() < began + DEADLINE_S
-        assert not any(kind.package and kind.package.failed for kind in kinds(engine))
+        assert not captured(engine).failed
         engine.generate([ask(1)])
     return time.monotonic() - began
 
 
-def kinds(engine: Engine) -> list:
-    return list(engine._denoiser.captured._kinds.values())
+def captured(engine: Engine) -> Captured:
+    made = engine._denoiser.captured
+    assert made is not None
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +116,15 @@ REQUESTS = [ask(seed, sampler=sampler) for seed, sampler in enumerate(("dpmpp_2m
 
 def test_it_draws_what_the_network_draws(settled: tuple[Engine, float]):
     engine, _ = settled
-    expected, before = pictures(small_engine(None), REQUESTS), engine._denoiser.captured.rows
-    for request in REQUESTS:
-        engine.generate([request])
-    for ours, theirs in zip(pictures(engine, REQUESTS), expected, strict=True):
+    expected, rows = pictures(small_engine(None), REQUESTS), []
+    [package] = captured(engine)._compiled._packages.values()
+    model = package._model
+    package._model = lambda **named: rows.append(len(named["sample"])) or model(**named)
+    found = pictures(engine, REQUESTS)
+    package._model = model
+    for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours - theirs).max() <= 1
-    assert engine._denoiser.captured.rows - before >= 4 * (LASTING + 5)  # alone, each of them, and some together
+    assert rows == [2 * len(REQUESTS)] * (LASTING + 5)  # any number of them
 
 
 def test_the_next_start_finds_it_whatever_the_weights(settled: tuple[Engine, float], cache: Path):
@@ -159,7 +166,7 @@ def test_one_that_answers_something_else_is_not_used(
     with caplog.at_level(logging.WARNING, "models.compiled"):
         for _ in range(3):
             [ours] = pictures(engine, REQUESTS[:1])
-    assert [kind.package.failed for kind in kinds(engine) if kind.package] == [True]
+    assert captured(engine).failed
     assert "from the network's" in caplog.text
     assert (ours == pictures(small_engine(None), REQUESTS[:1])[0]).all()
 
@@ -182,13 +189,33 @@ def test_what_cannot_be_compiled_serves_as_it_is(tmp_path: Path, caplog: pytest.
     assert wanted.package(lambda: network(**example(2))) is None
 
 
+def test_what_cannot_be_kept_or_compiled_is_refused_when_the_model_is_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for device, folder_ in (("cpu", tmp_path / "file" / "below"), ("mps", tmp_path)):
+        with pytest.raises(InvalidRequest) as refused:
+            place(device, "float32", compiled=folder_)
+        assert refused.value.field == "compiled"
+
+
+def test_packages_are_for_an_architecture_and_not_for_the_place_it_came_from():
+    network = small_unet()
+    key = compiled._key(network, example(2))
+    assert compiled._key(network, example(5)) == key
+    network.register_to_config(_name_or_path="some/where/else")
+    assert compiled._key(network, example(2)) == key
+    assert compiled._key(network, example(2) | {"sample": torch.randn(2, 4, 8, 16)}) != key
+
+
 def test_the_compiler_ends_with_whoever_wanted_it(tmp_path: Path):
     program = "from models.compiling import main; main()"
     command = [sys.executable, "-c", program, str(tmp_path / "package.pt2")]
     network = small_unet()
     job = json.dumps(compiled._job(network, example(2)))
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as process:
         process.stdin.write(job + "\n")
         process.stdin.close()
-        assert process.wait(60) == 1
+        assert process.wait(120) == -signal.SIGKILL
     assert not list(tmp_path.glob("*.pt2"))

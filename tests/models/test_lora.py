@@ -312,8 +312,9 @@ def test_the_stack_is_kept_while_rows_leave_and_grows_when_they_join(pair):
         with layers.applied(rows):
             outputs.append(call(model, 2))
     assert torch.equal(outputs[0], outputs[4])
-    with layers_of(model).applied([two, two]):
-        assert torch.allclose(call(model, 2), outputs[2], atol=2e-5)  # of another padding
+    for rows, output in (([two, one], outputs[1]), ([two, two], outputs[2]), ([one, ()], outputs[3])):
+        with layers_of(model).applied(rows):
+            assert torch.allclose(call(model, 2), output, atol=2e-5)  # of another padding
 
 
 def test_channels_last_networks_are_served_as_well():
