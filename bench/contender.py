@@ -6,6 +6,8 @@ from typing import Protocol, Self
 
 from models.request import GenerationRequest
 
+ROWS = 2  # of a picture with guidance, in each of its steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:

@@ -146,6 +146,11 @@ class Captured:
         """Gives up all that was made, and its memory."""
         self._kinds.clear()
 
+    @property
+    def compiled_kinds(self) -> int:
+        """How many kinds of forwards are made by the compiled network now."""
+        return sum(kind.compiled for kind in self._kinds.values())
+
     def settled(self) -> bool:
         """Whether nothing is being compiled."""
         return self._compiled is None or self._compiled.idle

@@ -78,4 +78,5 @@ class Compiled:
                 _log.warning("a forward is not compiled: %s", fault)
                 prepared.set_exception(fault)
             finally:
+                del call, prepared  # which hold all of a denoiser that may have been given up
                 self._calls.task_done()
