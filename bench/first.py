@@ -27,11 +27,13 @@ def main(
         os.environ.setdefault(f"{package}_VERBOSITY", "error")
     from bench.assembled import card
     from bench.fullsize import NETWORKS
+    from bench.pipeline import hide_progress
     from bench.workloads import RequestClass, request_of
     from models import families
     from models.captured import LASTING
     from models.engine import Engine
 
+    hide_progress()
     _say("imported")
     network = NETWORKS[model]
     family = families.load(

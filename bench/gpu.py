@@ -112,6 +112,8 @@ def main(
     )
     if found:
         runs = [Findings.read(file) for file in found]
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.md").write_text(page(runs) + "\n")
     else:
         networks = [NETWORKS[name] for name in model or Names]
         runs = [measure(networks, part or list(Parts), options, out, Console())]
@@ -127,7 +129,10 @@ def measure(
     from bench.ceilings import Ceilings
     from bench.machine import Machine
     from bench.pages import Findings
+    from bench.pipeline import hide_progress
     from models.weights import place
+
+    hide_progress()
 
     placement = place(options.device, options.dtype)
     ceilings = Ceilings.measure(placement.device, placement.dtype)
