@@ -63,39 +63,59 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "MOST_TRIALS", 2)
 
 
-@pytest.mark.usefixtures("_short")
-def test_every_part_tells_all_that_it_measures(tmp_path: Path):
-    parts = [gpu.Parts.SATURATED, gpu.Parts.OPEN, gpu.Parts.LORAS, gpu.Parts.LADDER]
-    gpu.measure([NETWORKS["sd15"]], parts, OPTIONS, tmp_path, Console(file=io.StringIO()))
-    told = json.loads((tmp_path / "gpu.json").read_text())
+def figures_of(parts: list[gpu.Parts], folder: Path, **options: Any) -> dict[str, Any]:
+    """What a run writes, by part."""
+    gpu.measure([NETWORKS["sd15"]], parts, replace(OPTIONS, **options), folder, Console(file=io.StringIO()))
+    told = json.loads((folder / "gpu.json").read_text())
+    assert page([Findings.read(folder / "gpu.json")]) + "\n" == (folder / "gpu.md").read_text()
     figures = {piece["part"]: piece["figures"] for piece in told["pieces"]}
-    assert list(figures) == ["saturated", "open", "loras", "ladder"]
+    assert list(figures) == parts
+    return figures
 
-    assert [turn["contender"] for turn in figures["saturated"]] == ["B0", "E1", "E"]
-    for turn in figures["saturated"]:
+
+@pytest.mark.usefixtures("_short")
+def test_everyone_is_saturated_and_stands_arrivals(tmp_path: Path):
+    found = figures_of([gpu.Parts.SATURATED, gpu.Parts.OPEN], tmp_path, workloads=("equal", "sizes"))
+    assert [turn["contender"] for turn in found["saturated"]] == ["B0", "E1", "E"]
+    for turn in found["saturated"]:
         assert turn["drift"] < 1e-4
-        for saturated in turn["saturated"].values():
-            assert saturated["pictures_per_s"] > 0
-            assert 0 <= saturated["padded_share"] < 1
-    assert figures["saturated"][2]["saturated"]["equal"]["rows_per_forward"] > 2
+        assert turn["saturated"]["equal"]["pictures_per_s"] > 0
+        assert 0 <= turn["saturated"]["equal"]["padded_share"] < 1
+    assert found["saturated"][2]["saturated"]["equal"]["rows_per_forward"] > 2
 
-    assert [each["workload"] for each in figures["open"]["workloads"]] == ["equal", "steps"]
-    for each in figures["open"]["workloads"]:
+    assert [each["workload"] for each in found["open"]["workloads"]] == ["equal", "sizes"]
+    for each in found["open"]["workloads"]:
         assert min(each["computed"].values()) > 0
         assert each["capacities"]["E"]["rate"] > 0
         assert each["tails"].keys() == {"B1", "E"}
         assert not each["cut"]
 
-    assert len(figures["loras"]) == 3
-    assert all(way["share"] > 0 for way in figures["loras"])
 
-    assert [rung["name"] for rung in figures["ladder"]] == [rung.name for rung in ladder.RUNGS]
-    assert [bool(rung["missing"]) for rung in figures["ladder"]] == [False, False, False, True, True]
-    assert all(rung["gain"] for rung in figures["ladder"][1:3])
+@pytest.mark.usefixtures("_short")
+def test_loras_have_a_share_and_the_ladder_all_its_rungs(tmp_path: Path):
+    found = figures_of([gpu.Parts.LORAS, gpu.Parts.LADDER], tmp_path, workloads=("equal",))
+    assert len(found["loras"]) == 3
+    assert all(way["share"] > 0 for way in found["loras"])
 
+    assert [rung["name"] for rung in found["ladder"]] == [rung.name for rung in ladder.RUNGS]
+    assert [bool(rung["missing"]) for rung in found["ladder"]] == [False, False, False, True, True]
+    assert all(rung["gain"] for rung in found["ladder"][1:3])
+
+
+def test_a_part_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def failing(*given: object) -> None:
+        raise RuntimeError("no room")
+
+    async def telling(built: Built, say: object, keep: Any) -> None:
+        keep(Piece.of("ladder", built, [], ["It was there."], None))
+
+    monkeypatch.setattr(lora_share, "compare", failing)
+    monkeypatch.setattr(ladder, "climb", telling)
+    parts = [gpu.Parts.LORAS, gpu.Parts.LADDER]
+    gpu.measure([NETWORKS["sd15"]], parts, OPTIONS, tmp_path, Console(file=io.StringIO()))
     text = (tmp_path / "gpu.md").read_text()
-    assert "no GPU" in text
-    assert page([Findings.read(tmp_path / "gpu.json")]) + "\n" == text
+    assert "sd15, loras: failed, RuntimeError('no room')." in text
+    assert "It was there." in text
 
 
 class Compiled:
