@@ -160,6 +160,8 @@ class Captured:
         size = _size(len(inputs.owners))
         if not size or size * sum(tensor[0].nbytes for tensor in tensors.values()) > BYTES:
             return None
+        if any(len(tensor) > size for tensor in tensors.values()):
+            return None  # more LoRAs are at hand than there are rows
         shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
         key = size, shapes, None if inputs.loras is None else inputs.loras.layout
         kind = self._kinds.setdefault(key, _Kind())
