@@ -198,4 +198,6 @@ def _row(found: Found, many: str) -> list[str]:
 
 
 def _told(capacity: Capacity | None) -> str:
-    return NOTHING if capacity is None else figure(capacity.rate) + "*" * capacity.cut
+    if capacity is None or not capacity.trials:
+        return NOTHING
+    return figure(capacity.rate) + "*" * capacity.cut
