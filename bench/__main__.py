@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.plan import Plan
+from bench.progress import telling
 
 
 class Contenders(StrEnum):
@@ -56,14 +56,7 @@ def main(
         quick=quick, contenders=list(only or Contenders), workloads=list(workload or []), seed=seed, threads=threads
     )
     console = Console()
-    columns = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn twice a second: the bar must not take time from what it reports on.
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        task = progress.add_task("")
-
-        def say(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
+    with telling(console) as say:
         command = " ".join(["python -m bench", *sys.argv[1:]])
         experiment = Experiment(plan, command, say)
         try:

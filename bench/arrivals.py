@@ -1,6 +1,7 @@
 """Arrivals: when an open-loop client sends, decided before the run and never by the server. No torch, no ray."""
 
 import random
+from collections.abc import Sequence
 
 
 def poisson(count: int, seed: int) -> list[float]:
@@ -17,6 +18,6 @@ def poisson(count: int, seed: int) -> list[float]:
     return times
 
 
-def at_rate(times: list[float], rate: float) -> list[float]:
+def at_rate(times: Sequence[float], rate: float) -> list[float]:
     """The same arrivals at `rate` per second."""
     return [time / rate for time in times]

@@ -6,20 +6,33 @@ from typing import Protocol, Self
 
 from models.request import GenerationRequest
 
+ROWS = 2  # of a picture with guidance, in each of its steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Forwards of the denoising network and rows in them, counted where they run."""
+    """Forwards of the denoising network and rows in them, counted where they run; `padded` rows beside those were
+    computed for nobody."""
 
     forwards: int = 0
     rows: int = 0
+    padded: int = 0
 
     def since(self, earlier: "Work") -> "Work":
-        return Work(forwards=self.forwards - earlier.forwards, rows=self.rows - earlier.rows)
+        return Work(
+            forwards=self.forwards - earlier.forwards,
+            rows=self.rows - earlier.rows,
+            padded=self.padded - earlier.padded,
+        )
 
     @property
     def rows_per_forward(self) -> float:
         return self.rows / self.forwards
+
+    @property
+    def padded_share(self) -> float:
+        """Of all rows that were computed."""
+        return self.padded / (self.rows + self.padded)
 
 
 class Contender(Protocol):

@@ -2,18 +2,18 @@
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from bench.arrivals import at_rate, poisson
-from bench.capacity import search
+from bench.arrivals import poisson
 from bench.contender import Contender
 from bench.grouped import Grouped
 from bench.inprocess import InProcess
-from bench.load import Load, Run, drive
+from bench.load import Load, Run, Say, driven
 from bench.machine import Machine
+from bench.openloop import PATIENCE, searched
 from bench.plan import Plan
 from bench.replay import FIFO, BatchCosts, Trace, best_for_capacity, best_for_saturation
 from bench.results import Capacity, Measured, OpenLoop, Results, Saturated, WorkloadResults
@@ -22,12 +22,10 @@ from bench.server import Server
 from bench.workloads import RequestClass, Workload, class_of, request_of, requests_of
 from models.request import GenerationRequest
 
-PATIENCE = 3.0  # a request is in time within so many times its isolated latency
 COMMON_SHARE = 0.7  # of B0's saturated throughput: the rate at which every contender's latencies are compared
 CAPACITY_GUESS = 0.7  # of a contender's own saturated throughput: where the search for its capacity begins
 CHALLENGERS = ("B1", "E", "H")
 SEARCHED = ("B1", "E")  # capacity costs many trials; H is compared with E at saturation and at the common rate
-Say = Callable[[str, int, int], None]
 
 
 class Experiment:
@@ -111,12 +109,12 @@ class Experiment:
             if workload is self._plan.compared:
                 common = COMMON_SHARE * (results.throughput("B0") or 0.0)
                 run = await self._open_loop(contender, workload, common, "common rate", give_up=False)
-                measured.common = _open_loop(common, run)
+                measured.common = OpenLoop.of(common, run)
 
     async def _warm_up(self, contender: Contender, workload: Workload) -> None:
         """Two requests of every class, so that every shape and group has run; not measured."""
         requests = [request_of(kind, seed) for kind in workload.classes for seed in (1, 2)]
-        await self._drive(contender, Load.saturating(requests), f"{workload.title}: warm-up")
+        await driven(contender, Load.saturating(requests), f"{workload.title}: warm-up", self._say)
 
     async def _saturate(self, contender: Contender, workload: Workload) -> Saturated:
         requests = requests_of(workload, self._plan.saturating, self._plan.seed)
@@ -129,7 +127,7 @@ class Experiment:
             sides = sorted({kind.side for kind in workload.classes})
             self._cap = contender.cap(sides[0])
             note = ", ".join(f"cap of {contender.cap(side)} rows at {side} px" for side in sides)
-        run = await self._drive(contender, Load.saturating(requests), f"{workload.title}: saturated")
+        run = await driven(contender, Load.saturating(requests), f"{workload.title}: saturated", self._say)
         pictures = {o.request.seed: o.picture for o in run.outcomes if o.request.seed is not None}
         reference = self._pictures.setdefault(workload.name, pictures)  # B0 comes first
         return Saturated(
@@ -142,7 +140,7 @@ class Experiment:
     async def _capacity(self, contender: Contender, workload: Workload, throughput: float) -> Capacity | None:
         trace = self._trace(requests_of(workload, self._plan.open_loop, self._plan.seed + 1))
         if isinstance(contender, Serial):
-            rate = trace.capacity(FIFO, self._alone_s, 2 * throughput)
+            rate = trace.capacity(lambda rate: trace.latencies_s(rate, FIFO, self._alone_s), 2 * throughput)
             return Capacity(rate=rate, trials=(), note="computed from the times of requests alone")
         if contender.name not in SEARCHED:
             return None
@@ -151,36 +149,15 @@ class Experiment:
             guess, batching = best_for_capacity(trace, self._batch_s, 2 * throughput)
             await contender.tune(batching)
             note = str(batching)
-        trials: list[OpenLoop] = []
 
-        async def passes(rate: float) -> bool:
-            run = await self._open_loop(contender, workload, rate, f"capacity, {rate:.2f} a second", give_up=True)
-            trials.append(_open_loop(rate, run))
-            return run.passed
+        async def trial(rate: float) -> Run:
+            return await self._open_loop(contender, workload, rate, f"capacity, {rate:.2f} a second", give_up=True)
 
-        rate = await search(passes, guess, self._plan.refinements)
-        return Capacity(rate=rate, trials=tuple(trials), note=note)
+        return await searched(trial, guess, self._plan.refinements, note)
 
     async def _open_loop(self, contender: Contender, workload: Workload, rate: float, what: str, give_up: bool) -> Run:
         trace = self._trace(requests_of(workload, self._plan.open_loop, self._plan.seed + 1))
-        load = Load(
-            requests=trace.requests,
-            arrivals_s=at_rate(list(trace.arrivals), rate),
-            limits_s=trace.limits_s,
-            give_up=give_up,
-        )
-        return await self._drive(contender, load, f"{workload.title}: {what}")
-
-    async def _drive(self, contender: Contender, load: Load, what: str) -> Run:
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            self._say(f"{contender.name}: {what}", done, len(load.requests))
-
-        self._say(f"{contender.name}: {what}", 0, len(load.requests))
-        return await drive(contender, load, count)
+        return await driven(contender, trace.load(rate, give_up), f"{workload.title}: {what}", self._say)
 
     def _trace(self, requests: Sequence[GenerationRequest]) -> Trace:
         limits_s = [PATIENCE * self._isolated_s[class_of(request)] for request in requests]
@@ -192,16 +169,6 @@ class Experiment:
     def _batch_s(self, batch: Sequence[GenerationRequest]) -> float:
         assert self._costs is not None, "measured whenever B1 is"
         return self._costs.batch_s(batch)
-
-
-def _open_loop(rate: float, run: Run) -> OpenLoop:
-    return OpenLoop(
-        rate=rate,
-        attainment=run.attainment,
-        p50_s=run.latency_s(50),
-        p99_s=run.latency_s(99),
-        rows_per_forward=run.rows_per_forward,
-    )
 
 
 def difference(one: bytes, other: bytes) -> int:

@@ -37,12 +37,14 @@ _CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A model's shape. `embedded` names the embedded model of the same kind; `parameters` are the real UNet's."""
+    """A model's shape. `embedded` names the embedded model of the same kind; `parameters` are the real UNet's. `other`
+    is the side that pictures have where sizes are mixed."""
 
     name: str
     family: str
     embedded: str
     side: int
+    other: int
     parameters: int
     scaling_factor: float
     unet: Mapping[str, Any]
@@ -54,6 +56,7 @@ SD15 = Network(
     family="sd",
     embedded="sd15",
     side=512,
+    other=768,
     parameters=859_520_964,
     scaling_factor=0.18215,
     unet={**_SD_BLOCKS, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -64,6 +67,7 @@ SD21 = Network(
     family="sd",
     embedded="sd21",
     side=768,
+    other=512,
     parameters=865_910_724,
     scaling_factor=0.18215,
     unet={
@@ -80,6 +84,7 @@ SDXL = Network(
     family="sdxl",
     embedded="sdxl",
     side=1024,
+    other=768,
     parameters=2_567_463_684,
     scaling_factor=0.13025,
     unet={

@@ -4,22 +4,26 @@ Measures the device's own ceilings first, and tells what each contender reaches 
 """
 
 import asyncio
-import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from bench.progress import telling
+
 if TYPE_CHECKING:
+    from bench.built import Built, Options
     from bench.ceilings import Ceilings
     from bench.fullsize import Network
-    from bench.report import Sheet
-    from bench.turns import Options, Turn
+    from bench.load import Say
+    from bench.pages import Findings, Keep, Piece
+    from bench.turns import Turns
 
 
 class Names(StrEnum):
@@ -30,8 +34,26 @@ class Names(StrEnum):
     SDXL = "sdxl"
 
 
+class Parts(StrEnum):
+    """What is measured, in this order."""
+
+    SATURATED = "saturated"
+    OPEN = "open"
+    LORAS = "loras"
+    LADDER = "ladder"
+    COLD = "cold"
+
+
+class Workloads(StrEnum):
+    """Of `saturated` the first two, of `open` all."""
+
+    EQUAL = "equal"
+    STEPS = "steps"
+    SIZES = "sizes"
+
+
 class Modes(StrEnum):
-    """torch.compile's modes, and `none` for no compiled contenders."""
+    """torch.compile's modes, and `none` for no compiled contenders of diffusers'."""
 
     NONE = "none"
     DEFAULT = "default"
@@ -41,84 +63,150 @@ class Modes(StrEnum):
 
 def main(
     model: Annotated[list[Names] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    part: Annotated[list[Parts] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    workload: Annotated[list[Workloads] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu together with --tiny.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 on cuda, float32 on cpu.")] = "auto",
     tiny: Annotated[bool, typer.Option("--tiny", help="Small networks, to see that it works.")] = False,
-    pictures: Annotated[int, typer.Option(help="Of each saturated run.")] = 64,
-    group: Annotated[int, typer.Option(help="Pictures in a batch of B1c.")] = 8,
+    pictures: Annotated[int, typer.Option(help="Of each saturated run; a quarter, one at a time.", min=2)] = 64,
+    group: Annotated[list[int] | None, typer.Option(help="A size of B1c's batches; may be repeated.", min=2)] = None,
     compile_mode: Annotated[Modes, typer.Option("--compile", help="How B0c and B1c are compiled.")] = Modes.REDUCE,
-    seed: Annotated[int, typer.Option(help="Of the weights, the requests and their order.")] = 1,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="Heliograph's forwards as graphs; on cuda unless said.")
+    ] = None,
+    compiled: Annotated[
+        Path | None, typer.Option(help="Heliograph's network compiled too, and kept in this folder.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Of each open-loop trial.", min=1)] = 60,
+    refinements: Annotated[int, typer.Option(help="Of a capacity: 0 is exact to a quarter, 1 to 12 %.", min=0)] = 1,
+    minutes: Annotated[float | None, typer.Option(help="For the open-loop trials of one model; no bound.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, the requests, their order and arrivals.")] = 1,
+    found: Annotated[
+        list[Path] | None, typer.Option(help="Measure nothing, but take what this gpu.json has; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = Path("out/bench"),
+    publish: Annotated[bool, typer.Option("--publish", help="Also put the tables into bench/README.md.")] = False,
 ) -> None:
     """Measure the engine on full-size SD 1.5, SD 2.1 and SDXL with random weights: speed is real, pictures are not."""
     for package in ("TRANSFORMERS", "DIFFUSERS"):  # they talk of optional packages and of casts that are meant
         os.environ.setdefault(f"{package}_VERBOSITY", "error")
+    from bench import readme
+    from bench.built import Options
     from bench.fullsize import NETWORKS
-    from bench.turns import Options
+    from bench.pages import Findings, page
 
     options = Options(
         device=device,
         dtype=dtype,
         tiny=tiny,
         pictures=pictures,
-        group=group,
+        groups=tuple(group or (2, 4, 8)),
         compile_mode=None if compile_mode is Modes.NONE else compile_mode.value,
+        graphs=device == "cuda" if graphs is None else graphs,
+        compiled=compiled and compiled.absolute(),
+        workloads=tuple(workload or Workloads),
+        requests=requests,
+        refinements=refinements,
+        minutes=minutes,
         seed=seed,
     )
-    console = Console()
-    found = measure([NETWORKS[name] for name in model or list(Names)], options, console)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(found["facts"], indent=1) + "\n")
-    (out / "gpu.md").write_text("\n\n".join([*found["tables"], *found["notes"]]) + "\n")
+    if found:
+        runs = [Findings.read(file) for file in found]
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.md").write_text(page(runs) + "\n")
+    else:
+        networks = [NETWORKS[name] for name in model or Names]
+        runs = [measure(networks, part or list(Parts), options, out, Console())]
+    if publish:
+        readme.publish("gpu", page(runs))
 
 
-def measure(networks: "list[Network]", options: "Options", console: Console) -> dict[str, Any]:
-    """Runs everything, printing each table as it is complete."""
+def measure(
+    networks: "Sequence[Network]", parts: Sequence[Parts], options: "Options", out: Path, console: Console
+) -> "Findings":
+    """All parts with every model, each written when it is there, and again with more in it."""
+    from bench import device
     from bench.ceilings import Ceilings
     from bench.machine import Machine
-    from bench.turns import Turns
+    from bench.pages import Findings
+    from bench.pipeline import hide_progress
     from models.weights import place
+
+    hide_progress()
 
     placement = place(options.device, options.dtype)
     ceilings = Ceilings.measure(placement.device, placement.dtype)
-    notes = [
-        f"Machine: {_device_name(options.device)}; {Machine.here(os.cpu_count() or 1)}.",
+    before = device.clocks()
+    facts = [
+        f"Device: {device.name(placement.device)}; {Machine.here(os.cpu_count() or 1)}.",
         f"Command: `{' '.join(['python -m bench.gpu', *sys.argv[1:]])}`.",
         _ceilings_note(ceilings),
-        "Random weights. Equal: 20 steps; of peak: arithmetic done, as a share of the measured product; mixed: "
-        "20/30/50 steps at 50/30/20 %; drift: relative L2 distance of the final latents from float32's; first: seconds "
-        "to the first picture with the networks in memory, warm-up and compiling included.",
     ]
-    for note in notes:
-        console.print(note, highlight=False)
-    tables, facts = [], {"ceilings": asdict(ceilings), "options": asdict(options), "models": {}}
-    for network in networks:
-        turns: list[Turn] = []
-        with console.status(f"{network.name}: building") as status:
+    told = Findings(facts=facts, options=asdict(options) | {"ceilings": asdict(ceilings)})
+    console.print(*facts, sep="\n", highlight=False)
+    with telling(console) as say:
 
-            def report(turn: "Turn", name: str = network.name, turns: "list[Turn]" = turns) -> None:
-                turns.append(turn)
-                status.update(f"{name}: {turn.contender} done")
+        def keep(piece: "Piece") -> None:
+            told.put(piece)
+            if clocks := device.clocks():
+                told.facts = [*facts, f"Clocks, power and temperature before: {before}; after: {clocks}."]
+            told.write(out)
 
-            asyncio.run(Turns(network, options, ceilings).run(report))
-        sheet = _sheet(network.name, options.side(network), turns)
-        console.print(sheet.rich())
-        tables.append(sheet.markdown())
-        facts["models"][network.name] = [asdict(turn) for turn in turns]
-        legend = ", ".join(f"{turn.contender}: {turn.title}" for turn in turns) + "."
-        if legend not in notes:
-            notes.append(legend)
-            console.print(legend, highlight=False)
-    return {"facts": facts, "tables": tables, "notes": notes}
+        for network in networks:
+            asyncio.run(_measure_model(network, parts, options, ceilings, say, keep))
+    for piece in told.pieces:
+        console.print(*(table.rich() for table in piece.tables), *piece.notes, sep="\n", highlight=False)
+    return told
 
 
-def _device_name(device: str) -> str:
-    import torch
+async def _measure_model(
+    network: "Network",
+    parts: Sequence[Parts],
+    options: "Options",
+    ceilings: "Ceilings",
+    say: "Say",
+    keep: "Keep",
+) -> None:
+    """B0 draws before the weights are laid out for the others."""
+    from bench.built import Built
+    from bench.pages import Piece
+    from bench.turns import Turns, time_alone
 
-    if device != "cuda":
-        return "no GPU, which says nothing about GPUs"
-    facts = torch.cuda.get_device_properties(0)
-    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    say(f"{network.name}: building", 0, 1)
+    built = Built(network, options)
+    turns = Turns(built, ceilings, built.reference(), say, keep) if Parts.SATURATED in parts else None
+    built.settle()
+    if turns is not None:
+        await turns.first()
+    if Parts.OPEN in parts:
+        await time_alone(built, say)
+    built.lay_out()
+    for part in (each for each in Parts if each in parts):
+        say(f"{network.name}, {part}: starting", 0, 1)
+        try:
+            await _take(part, built, turns, say, keep)
+        except Exception as fault:  # whatever it is: the other parts are worth having
+            keep(Piece.of(f"{part}, failed", built, [], [f"{network.name}, {part}: failed, {fault!r}."], None))
+    built.close()
+
+
+async def _take(part: Parts, built: "Built", turns: "Turns | None", say: "Say", keep: "Keep") -> None:
+    from bench import cold, ladder, lora_share
+    from bench.capacities import Capacities
+
+    match part:
+        case Parts.SATURATED:
+            assert turns is not None, "B0 has had its turn"
+            await turns.others()
+        case Parts.OPEN:
+            await Capacities(built, say, keep).run()
+        case Parts.LORAS:
+            await lora_share.compare(built, say, keep)
+        case Parts.LADDER:
+            await ladder.climb(built, say, keep)
+        case Parts.COLD:
+            built.free()
+            cold.starts(built, say, keep)
 
 
 def _ceilings_note(ceilings: "Ceilings") -> str:
@@ -126,32 +214,6 @@ def _ceilings_note(ceilings: "Ceilings") -> str:
         f"Ceilings: {ceilings.flop_per_s / 1e12:.3g} TFLOP/s in a product of {ceilings.cube}-cubes ({ceilings.dtype}), "
         f"{ceilings.bytes_per_s / 1e9:.3g} GB/s copied."
     )
-
-
-def _sheet(name: str, side: int, turns: "list[Turn]") -> "Sheet":
-    from bench.report import Sheet
-
-    return Sheet(
-        title=f"{name} at {side} px, pictures a second",
-        columns=(name, "equal", "of B0", "of peak", "rows", "mixed", "rows", "GiB", "drift", "first"),
-        rows=[_row(turn, turns[0]) for turn in turns],
-    )
-
-
-def _row(turn: "Turn", baseline: "Turn") -> list[str]:
-    equal, mixed = turn.saturated["equal"], turn.saturated["steps"]
-    return [
-        turn.contender,
-        f"{equal.pictures_per_s:.3g}",
-        f"{equal.pictures_per_s / baseline.saturated['equal'].pictures_per_s:.2f}",
-        f"{turn.peak_share:.0%}",
-        f"{equal.rows_per_forward:.1f}",
-        f"{mixed.pictures_per_s:.3g}",
-        f"{mixed.rows_per_forward:.1f}",
-        f"{turn.memory_gib:.1f}",
-        f"{turn.drift:.1e}",
-        f"{turn.first_picture_s:.1f}",
-    ]
 
 
 if __name__ == "__main__":

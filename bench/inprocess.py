@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from bench.contender import Work
+from bench.contender import ROWS, Work
 from bench.pipeline import SOURCE
 from bench.workloads import MODEL
 from models import families
@@ -20,7 +20,6 @@ from models.registered import Adapters
 from models.request import GenerationRequest
 
 MAX_WAITING, MAX_WAIT_S = 100_000, 1e6  # nobody is refused in a benchmark
-ROWS = 2  # of a picture with guidance, in each of its steps
 
 
 class InProcess:
@@ -62,9 +61,20 @@ class InProcess:
         """The most rows that a forward of pictures of this side is given."""
         return self._engine.batcher.cap((4, side // 8, side // 8))
 
+    @property
+    def compiled_kinds(self) -> int:
+        """How many kinds of forwards a compiled network makes."""
+        captured = self._engine.captured
+        return 0 if captured is None else captured.compiled_kinds
+
     async def work(self) -> Work:
         """Right between runs: the engine counts its forwards, the rows follow from the pictures it finished."""
-        return Work(forwards=self._engine.load().forwards, rows=self._rows)
+        captured = self._engine.captured
+        return Work(
+            forwards=self._engine.load().forwards,
+            rows=self._rows,
+            padded=captured.padded if captured is not None else 0,
+        )
 
 
 def embedded(threads: int, warm_up: bool = True, adapters: Path | None = None, cap: int | None = None) -> Engine:

@@ -12,6 +12,7 @@ from models.request import GenerationRequest
 ATTAINMENT = 0.95  # the share of requests that must be in time
 ONE_BY_ONE_S = 0.005  # between requests sent "at once": everyone gets them in one order, which decides about the tail
 Done = Callable[[], None]
+Say = Callable[[str, int, int], None]  # is told what is done now, how much of it is done, and of how much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,19 @@ async def drive(contender: Contender, load: Load, done: Done = lambda: None) -> 
     after = await contender.work()
     work = after.since(before) if before is not None and after is not None else None
     return Run(outcomes=tuple(outcomes), planned=len(load.requests), work=work)
+
+
+async def driven(contender: Contender, load: Load, what: str, say: Say) -> Run:
+    """`drive`, telling how far it is."""
+    done, what = 0, f"{contender.name}: {what}"
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        say(what, done, len(load.requests))
+
+    say(what, 0, len(load.requests))
+    return await drive(contender, load, count)
 
 
 def _late(load: Load, outcomes: Sequence[Outcome], now_s: float) -> int:

@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 BATCH = 8
 # What kohya's trainer adapts when nothing else is said: all of the attention blocks, and the text encoder.
-LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LAYERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -136,8 +137,13 @@ def _ways(folder: Path, rank: int, steps: int, threads: int) -> dict[str, tuple[
     }
 
 
-def write_random_loras(folder: Path, networks: "dict[str, torch.nn.Module]", rank: int) -> None:
-    """`lora-0` to `lora-7` of random numbers, with peft's names: arithmetic does not ask what has been learned."""
+def write_random_loras(
+    folder: Path, networks: "Mapping[str, torch.nn.Module]", rank: int, layers: Sequence[str] = LAYERS
+) -> None:
+    """`lora-0` to `lora-7` of random numbers, with peft's names: arithmetic does not ask what has been learned.
+
+    `layers` are the ends of the names of those in the UNet.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -146,7 +152,7 @@ def write_random_loras(folder: Path, networks: "dict[str, torch.nn.Module]", ran
         tensors = {}
         for name, network in networks.items():
             for path, module in network.named_modules():
-                if path.endswith(LAYERS if name == "unet" else TEXT_LAYERS):
+                if path.endswith(tuple(layers) if name == "unet" else TEXT_LAYERS):
                     outputs, inputs, *window = module.weight.shape
                     shapes = {"lora_A": (rank, inputs, *window), "lora_B": (outputs, rank, *window)}
                     for half, shape in shapes.items():

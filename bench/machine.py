@@ -4,11 +4,11 @@ import asyncio
 import os
 import platform
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "ray")
@@ -42,7 +42,7 @@ class Machine:
             load_before=round(_cores_in_use(), 2),
             system=platform.platform(terse=True),
             python=platform.python_version(),
-            packages={name: version(name) for name in PACKAGES},
+            packages=dict(_versions()),
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
 
@@ -58,6 +58,13 @@ class Machine:
             f"{self.system}, Python {self.python}, {versions}; {self.date}; "
             f"cores in use before the run {self.load_before}"
         )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of those packages that are there: a benchmark of the networks needs no ray."""
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def _processor() -> str:

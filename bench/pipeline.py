@@ -77,9 +77,14 @@ class Pipeline:
 def embedded(threads: int) -> Pipeline:
     """The embedded sd15 in float32 on the CPU."""
     torch.set_num_threads(threads)
+    hide_progress()
+    return Pipeline(StableDiffusionPipeline.from_pretrained(SOURCE, dtype=torch.float32))
+
+
+def hide_progress() -> None:
+    """No bars of the libraries' own while weights are read and written."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return Pipeline(StableDiffusionPipeline.from_pretrained(SOURCE, dtype=torch.float32))
 
 
 def group_key(request: GenerationRequest) -> GroupKey:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from bench.arrivals import at_rate
 from bench.capacity import highest
 from bench.load import ATTAINMENT, Load
-from bench.pipeline import groups_of
+from bench.pipeline import group_key, groups_of
 from bench.workloads import class_of
 from models.request import GenerationRequest
 
@@ -67,9 +68,28 @@ class Trace:
     arrivals: Sequence[float]
     limits_s: Sequence[float]
 
+    def load(self, rate: float, give_up: bool) -> Load:
+        """The same to be sent for real, at `rate` arrivals a second."""
+        arrivals_s = at_rate(self.arrivals, rate)
+        return Load(requests=self.requests, arrivals_s=arrivals_s, limits_s=self.limits_s, give_up=give_up)
+
     def latencies_s(self, rate: float, batching: Batching, batch_s: BatchSeconds) -> list[float]:
         """Each request's latency at `rate` arrivals a second."""
-        return self._latencies_s([arrival / rate for arrival in self.arrivals], batching, batch_s)
+        return self._latencies_s(at_rate(self.arrivals, rate), batching, batch_s)
+
+    def when_free_s(self, rate: float, size: int, batch_s: BatchSeconds) -> list[float]:
+        """Each request's latency where a server that is free takes the oldest, and up to `size` that are like it."""
+        times, latencies, now = at_rate(self.arrivals, rate), [0.0] * len(self.requests), 0.0
+        left = list(range(len(times)))
+        while left:
+            now = max(now, times[left[0]])
+            key = group_key(self.requests[left[0]])
+            group = [i for i in left if times[i] <= now and group_key(self.requests[i]) == key][:size]
+            now += batch_s([self.requests[i] for i in group])
+            for i in group:
+                latencies[i] = now - times[i]
+            left = [i for i in left if i not in group]
+        return latencies
 
     def _latencies_s(self, times: Sequence[float], batching: Batching, batch_s: BatchSeconds) -> list[float]:
         latencies, free = [0.0] * len(times), 0.0
@@ -79,11 +99,11 @@ class Trace:
                 latencies[i] = free - times[i]
         return latencies
 
-    def capacity(self, batching: Batching, batch_s: BatchSeconds, high: float) -> float:
-        """The highest rate up to `high` at which the attainment is reached."""
+    def capacity(self, latencies_s: Callable[[float], Sequence[float]], high: float) -> float:
+        """The highest rate up to `high` at which the attainment is reached by latencies that depend on the rate."""
 
         def passes(rate: float) -> bool:
-            pairs = zip(self.latencies_s(rate, batching, batch_s), self.limits_s, strict=True)
+            pairs = zip(latencies_s(rate), self.limits_s, strict=True)
             return sum(latency <= limit for latency, limit in pairs) >= ATTAINMENT * len(self.requests)
 
         return highest(passes, low=high / 100, high=high)
@@ -114,9 +134,11 @@ def _batches(times: Sequence[float], batching: Batching) -> Iterator[tuple[list[
 
 def best_for_capacity(trace: Trace, batch_s: BatchSeconds, high: float) -> tuple[float, Batching]:
     """The highest capacity among all settings, and the setting it takes."""
-    return max(
-        ((trace.capacity(batching, batch_s, high), batching) for batching in _settings()), key=lambda found: found[0]
-    )
+
+    def capacity(batching: Batching) -> float:
+        return trace.capacity(lambda rate: trace.latencies_s(rate, batching, batch_s), high)
+
+    return max(((capacity(batching), batching) for batching in _settings()), key=lambda found: found[0])
 
 
 def best_for_saturation(trace: Trace, batch_s: BatchSeconds) -> tuple[float, Batching]:

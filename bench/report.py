@@ -78,11 +78,11 @@ def _row(measured: Measured) -> list[str]:
     saturated, capacity, common = measured.saturated, measured.capacity, measured.common
     return [
         measured.contender,
-        _figure(saturated.pictures_per_s),
-        _figure(saturated.rows_per_forward, 1),
-        _figure(capacity and capacity.rate),
-        _figure(common and common.p50_s),
-        _figure(common and common.p99_s),
+        figure(saturated.pictures_per_s),
+        figure(saturated.rows_per_forward, 1),
+        figure(capacity and capacity.rate),
+        figure(common and common.p50_s),
+        figure(common and common.p99_s),
         f"{common.attainment:.0%}" if common else NOTHING,
         f"{saturated.difference}/255" if saturated.difference is not None else NOTHING,
     ]
@@ -95,7 +95,7 @@ def _ratio_sheet(results: Results) -> Sheet:
             _rounds(workload.speedups("E", "B0")),
             _rounds(workload.speedups("E", *BASELINES)),
             _rounds(workload.speedups("H", "E")),
-            _figure(ratio(workload.capacity("E"), workload.capacity(*BASELINES))),
+            figure(ratio(workload.capacity("E"), workload.capacity(*BASELINES))),
         ]
         for workload in results.workloads
     ]
@@ -107,11 +107,11 @@ def _rounds(ratios: Sequence[float]) -> str:
     """The median, and where there are several, each."""
     if not ratios:
         return NOTHING
-    each = f" ({', '.join(map(_figure, ratios))})" if len(ratios) > 1 else ""
-    return _figure(statistics.median(ratios)) + each
+    each = f" ({', '.join(map(figure, ratios))})" if len(ratios) > 1 else ""
+    return figure(statistics.median(ratios)) + each
 
 
-def _figure(value: float | None, digits: int = 2) -> str:
+def figure(value: float | None, digits: int = 2) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
@@ -151,7 +151,7 @@ def _steadiness(workload: WorkloadResults) -> str:
     """How the machine's own speed varied: B0 is the same work in every round."""
     baseline = workload.of("B0")
     rounds = baseline.saturated.rounds if baseline else ()
-    return f"B0 under {workload.title}, by round: {', '.join(map(_figure, rounds))} pictures a second."
+    return f"B0 under {workload.title}, by round: {', '.join(map(figure, rounds))} pictures a second."
 
 
 def markdown(results: Results) -> str:

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from bench.load import Run
 from bench.machine import Machine
 
 BASELINES = ("B0", "B1")
@@ -39,14 +40,28 @@ class OpenLoop:
     p99_s: float
     rows_per_forward: float | None
 
+    @classmethod
+    def of(cls, rate: float, run: Run) -> "OpenLoop":
+        return cls(
+            rate=rate,
+            attainment=run.attainment,
+            p50_s=run.latency_s(50),
+            p99_s=run.latency_s(99),
+            rows_per_forward=run.rows_per_forward,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The highest rate with enough in time; `trials` are the runs that decided it, none where it was computed."""
+    """The highest rate with enough in time; `trials` are the runs that decided it, none where it was computed.
+
+    Where the search was `cut` for want of time, a higher rate may have passed as well.
+    """
 
     rate: float
     trials: tuple[OpenLoop, ...]
     note: str = ""
+    cut: bool = False
 
 
 @dataclass

@@ -22,12 +22,22 @@ STEPS_TIMED = (4, 12)  # two points give a call's fixed part and its part per st
 
 
 class Serial:
-    """The queue in front of the pipeline is the executor's. Pictures are packed beside it, as the engine does."""
+    """The queue in front of the pipeline is the executor's. Pictures are packed beside it, as the engine does.
 
-    def __init__(self, make: Callable[[], Pipeline], name: str = "B0", title: str = "diffusers, one at a time"):
+    A `worker` that is handed in stays when the contender closes.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Pipeline],
+        name: str = "B0",
+        title: str = "diffusers, one at a time",
+        worker: ThreadPoolExecutor | None = None,
+    ):
         self.name = name
         self.title = title
         self._make = make
+        self._given = worker
 
     @classmethod
     def embedded(cls, threads: int) -> Self:
@@ -35,14 +45,15 @@ class Serial:
 
     async def __aenter__(self) -> Self:
         # Made where it runs: torch is at its fastest when no other thread has computed (models.aside).
-        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._worker = self._given or ThreadPoolExecutor(max_workers=1)
         self._pipeline = await asyncio.get_running_loop().run_in_executor(self._worker, self._make)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.shutdown()
+        if self._given is None:
+            self._worker.shutdown()
         self._pipeline.close()
 
     async def generate(self, request: GenerationRequest) -> bytes:

@@ -1,14 +1,16 @@
 """B1c: static batches without Ray: whenever the pipeline is free, it draws those waiting who are like the oldest."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from bench.contender import Work
+from bench.contender import ROWS, Work
 from bench.pipeline import Pipeline, group_key
 from models.images import encode
 from models.request import GenerationRequest
@@ -16,17 +18,32 @@ from models.request import GenerationRequest
 Waiting = tuple[GenerationRequest, "asyncio.Future[np.ndarray]"]
 
 
-class Static:
-    """Every call has `size` pictures, the last ones repeated where fewer wait: a compiled network wants one shape."""
+def padded_size(pictures: int, sizes: Sequence[int]) -> int:
+    """The smallest of the sizes that has room for so many."""
+    return min(size for size in sizes if size >= pictures)
 
-    def __init__(self, make: Callable[[], Pipeline], size: int, name: str, title: str):
+
+class Static:
+    """Every call has one of the `sizes` in pictures, the last ones repeated where fewer wait: a compiled network wants
+    few shapes. All of them are made in the worker's thread."""
+
+    def __init__(
+        self,
+        make: Callable[[], Pipeline],
+        sizes: Sequence[int],
+        worker: ThreadPoolExecutor,
+        name: str,
+        title: str,
+    ):
         self.name = name
         self.title = title
         self._make = make
-        self._size = size
+        self._sizes = sizes
+        self._worker = worker
 
     async def __aenter__(self) -> Self:
-        self._pipeline = await asyncio.to_thread(self._make)
+        self._pipeline = await asyncio.get_running_loop().run_in_executor(self._worker, self._make)
+        self._padded = 0
         self._waiting: list[Waiting] = []
         self._arrived = asyncio.Event()
         self._serving = asyncio.create_task(self._serve())
@@ -47,14 +64,15 @@ class Static:
         return await asyncio.to_thread(encode, await drawn, "png")
 
     async def work(self) -> Work:
-        return self._pipeline.work
+        work = self._pipeline.work
+        return replace(work, rows=work.rows - self._padded, padded=self._padded)
 
     async def _serve(self) -> None:
         while True:
             await self._arrived.wait()
             await asyncio.sleep(0)  # those who arrive in the same moment are seen together
             key = group_key(self._waiting[0][0])
-            group = [waiting for waiting in self._waiting if group_key(waiting[0]) == key][: self._size]
+            group = [waiting for waiting in self._waiting if group_key(waiting[0]) == key][: max(self._sizes)]
             self._waiting = [waiting for waiting in self._waiting if waiting not in group]
             if not self._waiting:
                 self._arrived.clear()
@@ -63,9 +81,11 @@ class Static:
     async def _draw(self, group: list[Waiting]) -> None:
         """A failure is the failure of each who waited for it."""
         requests = [request for request, _ in group]
-        padded = requests + requests[-1:] * (self._size - len(requests))
+        missing = padded_size(len(requests), self._sizes) - len(requests)
+        self._padded += missing * ROWS * (requests[0].steps or 0)
+        padded = requests + requests[-1:] * missing
         try:
-            pictures = await asyncio.to_thread(self._pipeline.draw, padded)
+            pictures = await asyncio.get_running_loop().run_in_executor(self._worker, self._pipeline.draw, padded)
         except Exception as fault:
             for _, drawn in group:
                 drawn.set_exception(fault)

@@ -40,9 +40,16 @@ def steps_mixed(side: int, percent: int) -> dict[RequestClass, int]:
     return {RequestClass(side, steps): percent * part // 10 for steps, part in ((20, 5), (30, 3), (50, 2))}
 
 
-EQUAL = Workload(name="equal", title="equal requests", shares={RequestClass(128, 20): 100})
-MIXED_STEPS = Workload(name="steps", title="mixed steps", shares=steps_mixed(128, 100))
-MIXED_SIZES = Workload(name="sizes", title="mixed steps and sizes", shares=steps_mixed(128, 60) | steps_mixed(192, 40))
+def workloads_at(side: int, other: int) -> tuple[Workload, Workload, Workload]:
+    """Equal requests and mixed steps at `side` pixels, and mixed sizes, of which 40 % have the other side."""
+    return (
+        Workload(name="equal", title="equal requests", shares={RequestClass(side, 20): 100}),
+        Workload(name="steps", title="mixed steps", shares=steps_mixed(side, 100)),
+        Workload(name="sizes", title="mixed steps and sizes", shares=steps_mixed(side, 60) | steps_mixed(other, 40)),
+    )
+
+
+EQUAL, MIXED_STEPS, MIXED_SIZES = workloads_at(128, 192)
 WORKLOADS: Mapping[str, Workload] = {w.name: w for w in (EQUAL, MIXED_STEPS, MIXED_SIZES)}
 
 

@@ -167,14 +167,22 @@ class Captured:
         return some
 
     @property
-    def compiled(self) -> bool:
-        """Whether the compiled network is in use."""
-        return any(kind.package is not None and kind.package.ready() for kind in self._kinds.values())
+    def compiled_kinds(self) -> int:
+        """How many kinds of forwards are made by the compiled network now."""
+        ready = (kind for kind in self._kinds.values() if kind.package is not None and kind.package.ready())
+        return sum(kind.compiled or self._record is None for kind in ready)
 
     @property
     def failed(self) -> bool:
-        """Whether the network could not be compiled."""
-        return any(kind.package is not None and kind.package.failed for kind in self._kinds.values())
+        """Whether something could not be compiled."""
+        return any(package.failed for package in self._packages())
+
+    def settled(self) -> bool:
+        """Whether nothing is being compiled."""
+        return all(package.failed or package.ready() for package in self._packages())
+
+    def _packages(self) -> list[Package]:
+        return [kind.package for kind in self._kinds.values() if kind.package is not None]
 
     def _kind(self, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> _Kind | None:
         """None where forwards like this are always made as they are."""

@@ -78,6 +78,7 @@ class Package:
         else:
             _log.info("%s is there after %.0f s", self._path.name, time.monotonic() - began)
 
+    @torch.inference_mode()
     def _load(self) -> None:
         """Takes it into use with the network's own weights, if it answers as the network does."""
         assert self._example is not None

@@ -16,6 +16,7 @@ from models import admission
 from models.admission import Bounds, Claim
 from models.aside import aside
 from models.batcher import Batcher
+from models.captured import Captured
 from models.card import ModelCard
 from models.decoder import Decoder
 from models.delivery import Delivery
@@ -88,6 +89,11 @@ class Engine:
         self._faults = 0
         self._turned = time.monotonic()
         self._stepped: list[tuple[Sequence, int]] = []  # in this turn, and the rows that shared the forward
+
+    @property
+    def captured(self) -> Captured | None:
+        """Its forwards made fast, where they are."""
+        return self._denoiser.captured
 
     # What callers do
 

@@ -4,6 +4,7 @@ import asyncio
 import selectors
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,15 @@ def test_a_replay_tells_what_a_run_finds():
     assert [o.latency_s for o in run.outcomes] == pytest.approx(replayed)
 
 
+def test_a_replay_serves_whoever_is_like_the_oldest_when_it_is_free():
+    """0 alone until 1; then 1 and 3, which are alike, until 2; then 2, of more steps, and 4, which came meanwhile."""
+    other = request_of(RequestClass(128, 30), 9)
+    requests = [REQUEST, REQUEST, other, REQUEST, REQUEST]
+    trace = Trace(requests=requests, arrivals=[0.0, 0.2, 0.3, 0.4, 2.5], limits_s=[1.0] * 5)
+    assert trace.when_free_s(1.0, 2, lambda batch: 1.0) == pytest.approx([1.0, 1.8, 2.7, 1.6, 1.5])
+    assert trace.when_free_s(1.0, 1, lambda batch: 1.0) == trace.latencies_s(1.0, FIFO, lambda batch: 1.0)
+
+
 def test_a_replay_forms_batches_as_serve_does():
     """A batch closes when it is full or its wait is over, whether or not the server is busy."""
     trace = Trace(requests=[REQUEST] * 4, arrivals=[0.0, 0.1, 0.2, 5.0], limits_s=[1.0] * 4)
@@ -251,7 +261,7 @@ async def test_the_engine_draws_what_the_pipeline_draws_in_fewer_forwards():
     assert all(difference(o.picture, pictures[o.request.seed]) <= 1 for o in together.outcomes)
 
 
-async def test_static_batches_hold_equal_requests_and_have_one_size():
+async def test_static_batches_hold_equal_requests_and_have_few_sizes():
     from bench.static import Static
 
     calls: list[list[int | None]] = []
@@ -268,11 +278,16 @@ async def test_static_batches_hold_equal_requests_and_have_one_size():
         def close(self) -> None:
             pass
 
-    requests = [request_of(RequestClass(128, steps), seed) for seed, steps in enumerate((20, 30, 20, 20, 50))]
-    async with Static(Drawing, size=2, name="S", title="static") as static:  # type: ignore[arg-type]
-        drawn = await asyncio.gather(*map(static.generate, requests), return_exceptions=True)
-    assert calls == [[20, 20], [30, 30], [20, 20], [50, 50]]
-    assert [isinstance(picture, bytes) for picture in drawn] == [True, True, True, True, False]
+    steps = (20, 30, 20, 20, 20, 50)
+    requests = [request_of(RequestClass(128, steps), seed) for seed, steps in enumerate(steps)]
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        async with Static(Drawing, (1, 4), worker, name="S", title="static") as static:  # type: ignore[arg-type]
+            drawn = await asyncio.gather(*map(static.generate, requests), return_exceptions=True)
+            one_more = await asyncio.gather(*map(static.generate, requests[:3]))
+            work = await static.work()
+    assert calls == [[20] * 4, [30], [50], [20] * 4, [30]]
+    assert [isinstance(picture, bytes) for picture in [*drawn, *one_more]] == [True] * 5 + [False] + [True] * 3
+    assert work.padded == 2 * 2 * 20  # of the last four, two pictures were asked for
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import assembled
+from bench.built import TINY_SIDE
 from bench.fullsize import NETWORKS, Network, build
 from bench.pipeline import Pipeline
-from bench.turns import TINY_SIDE
 from models.engine import Engine
 from models.request import GenerationRequest
 from models.weights import Components, Placement, place

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from models import captured
+from models.adapters import lora
 from models.captured import KINDS, SIZES, WORTH, Captured, Outputs, Record
 from models.engine import Engine
 from models.errors import InvalidRequest
 from models.forward import Inputs, forward, leaves, planted
+from models.parts import AdapterUse
 from models.request import GenerationRequest
 from models.weights import place
 from tests.models.conftest import drawn, new_engine
@@ -241,3 +243,21 @@ def test_graphs_want_a_gpu():
     with pytest.raises(InvalidRequest) as refused:
         place("cpu", "auto", graphs=True)
     assert refused.value.field == "graphs"
+
+
+def test_more_loras_at_hand_than_rows_are_worn_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    """What is not gathered for each row stays in one place with all that others wore before."""
+    monkeypatch.setattr(lora, "GATHERED_BYTES", 0)
+    plain = mixed_engine()
+    mixed = [
+        ask(seed, steps=WORTH + 2, adapters=(AdapterUse(name="crescent", weight=weight),))
+        for seed, weight in enumerate((0.5, 0.6, 0.7, 0.8))
+    ]
+    [expected] = pictures(plain, mixed[:1])
+    engine = mixed_engine()
+    made = capturing(engine)
+    pictures(engine, mixed[:1])
+    pictures(engine, mixed)
+    [found] = pictures(engine, mixed[:1])
+    assert made.rows
+    assert np.abs(found - expected).max() <= 1

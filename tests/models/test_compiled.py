@@ -76,7 +76,7 @@ def pictures(engine: Engine, requests: list[GenerationRequest]) -> list[np.ndarr
 def settle(engine: Engine) -> float:
     """Draws until what is asked for often is compiled; the seconds that took."""
     began = time.monotonic()
-    while not captured(engine).compiled:
+    while not captured(engine).compiled_kinds:
         assert time.monotonic() < began + DEADLINE_S
         assert not captured(engine).failed
         engine.generate([ask(1)])
