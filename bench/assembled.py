@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from models.engine import Engine
 from models.families.sd import SD
 from models.families.sdxl import SDXL
 from models.forward import leaves
+from models.fp8 import quantise
 from models.registered import Adapters
 from models.weights import Components, Placement
 
@@ -43,8 +46,13 @@ def engine(
 ) -> Engine:
     """Warmed up at pictures of this side; its cap in rows is measured in the warm-up unless it is given.
 
-    Where it is not `remembering`, keys and values of a prompt are made in every step, as diffusers does.
+    Where it is not `remembering`, keys and values of a prompt are made in every step, as diffusers does. In FP8 it has a
+    UNet of its own.
     """
+    if placement.fp8:
+        eight = deepcopy(components.modules["unet"])
+        quantise(eight)
+        components = replace(components, modules=components.modules | {"unet": eight})
     family = (SDXL if network.family == "sdxl" else SD)(components, placement)
     if not remembering:
         components.modules["unet"].set_attn_processor(AttnProcessor2_0())

@@ -44,6 +44,7 @@ RUNGS = (
     Rung(name="shared forwards, measured cap", predicted={"sd15": "2.7", "sdxl": "1.15–1.3"}, sets={"cap": None}),
     Rung(name="graphs", predicted=ALONE, sets={"graphs": True}),
     Rung(name="compiled", predicted=FUSED, sets={"compiled": True}),
+    Rung(name="FP8, not compiled", predicted={"sdxl": "up to 1.3 of graphs"}, sets={"compiled": False, "fp8": True}),
 )
 
 

@@ -63,7 +63,7 @@ class Graphs:
         return Graph(graph, outputs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Graph:
     """A recording on a GPU."""
 
