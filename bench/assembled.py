@@ -46,8 +46,8 @@ def engine(
 ) -> Engine:
     """Warmed up at pictures of this side; its cap in rows is measured in the warm-up unless it is given.
 
-    Where it is not `remembering`, keys and values of a prompt are made in every step, as diffusers does. In FP8 it has a
-    UNet of its own.
+    Where it is not `remembering`, keys and values of a prompt are made in every step, as diffusers does. In FP8 it has
+    a UNet of its own.
     """
     if placement.fp8:
         eight = deepcopy(components.modules["unet"])
