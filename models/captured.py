@@ -112,6 +112,7 @@ class _Kind:
 
     asked: int = 0
     refused: bool = False
+    sought: bool = False  # whether there was a look for a package
     package: Package | None = None
     place: _Place | None = None
     recording: Recording | None = None
@@ -147,8 +148,9 @@ class Captured:
         if kind is None:
             return self._plain(inputs)
         kind.asked += 1
-        if kind.asked == LASTING and self._compiled is not None and inputs.loras is None and _size(bare) <= MOST_ROWS:
-            kind.package = self._compiled.package(partial(self._plain, bare))
+        if kind.asked >= LASTING and not kind.sought and inputs.loras is None and len(inputs.owners) <= MOST_ROWS:
+            kind.sought = True
+            kind.package = None if self._compiled is None else self._compiled.package(partial(self._plain, bare))
         made = None
         try:
             made = self._made(kind, bare, tensors)
@@ -201,9 +203,9 @@ class Captured:
         """None where they are to be made as they are."""
         if self._record is not None:
             return self._replayed(kind, inputs, tensors) if self._recorded(kind, inputs, tensors) else None
-        if self._fused is None or kind.package is None or not kind.package.ready():
+        if self._fused is None or kind.package is None or len(inputs.owners) > MOST_ROWS or not kind.package.ready():
             return None
-        return self._fused(kind.package, inputs)  # it takes any number of rows
+        return self._fused(kind.package, inputs)
 
     def _recorded(self, kind: _Kind, inputs: Inputs, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether there is a recording of this kind; it is made when it is time."""
@@ -214,7 +216,7 @@ class Captured:
             kind.place = _Place.like(tensors, _size(inputs))
             kind.place.fill(tensors)
             kind.recording = self._record(partial(self._plain, planted(inputs, kind.place.tensors)))
-        if kind.package is not None and not kind.compiled and kind.package.ready():
+        if kind.package is not None and not kind.compiled and _size(inputs) <= MOST_ROWS and kind.package.ready():
             self._record_compiled(kind, kind.package, inputs)
         return True
 

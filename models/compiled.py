@@ -56,16 +56,17 @@ class Package:
                 return False  # another time there may be room
             except (RuntimeError, OSError) as fault:
                 self.fail(f"it cannot be loaded: {fault}")
+            if self.failed:
+                self._path.unlink(missing_ok=True)  # the next start makes it anew
         return self._model is not None
 
     def __call__(self, **named: Any) -> Any:
         return self._model(**named)
 
     def fail(self, why: str) -> None:
-        """It is not used from now on, and made anew by the next start."""
+        """It is not used from now on."""
         _log.warning("the network serves as it is, %s is not used: %s", self._path, why)
         self.failed, self._model, self._example = True, None, None
-        self._path.unlink(missing_ok=True)
 
     def _compile(self, job: str) -> None:
         """Has a process do it, which ends when this one does."""
@@ -158,6 +159,8 @@ class Compiled:
             call()
         finally:
             _mode.reset(token)
+        if not seen:  # it was another network
+            return None
         key = _key(self._network, seen[0])
         if key not in self._packages and len(self._packages) < PACKAGES:
             self._packages[key] = Package(self._network, self._folder / f"{key}.pt2", seen[0])
