@@ -27,7 +27,7 @@ EMBEDDED = HOUSE / "models" / "embedded"
 SD = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 SDXL = {**SD, "text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
 NAMES = {"sd15": SD, "sd21": SD, "sdxl": SDXL}
-CPU = place("cpu", "auto", False)
+CPU = place("cpu", "auto")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -119,7 +119,7 @@ def test_attention_is_scaled_dot_product():
 
 def test_precision_follows_the_placement_and_the_vae_is_never_float16():
     for dtype, vae_dtype in (("float16", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        placement = place("cpu", dtype, False)
+        placement = place("cpu", dtype)
         assert placement.vae_dtype == vae_dtype
         components = load(Source(location=str(EMBEDDED / "sd15")), SD, placement)
         for name, module in networks(components).items():
@@ -128,7 +128,7 @@ def test_precision_follows_the_placement_and_the_vae_is_never_float16():
 
 
 def test_auto_takes_the_best_device_that_is_there():
-    placement = place("auto", "auto", False)
+    placement = place("auto", "auto")
     if torch.cuda.is_available():
         assert (placement.device.type, placement.dtype, placement.vae_dtype) == ("cuda", torch.bfloat16, torch.bfloat16)
     else:
@@ -136,21 +136,20 @@ def test_auto_takes_the_best_device_that_is_there():
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("device", "dtype", "offload", "field"),
     [
-        (("tpu", "auto", False), "device"),
-        (("cpu", "int8", False), "dtype"),
-        (("cpu", "auto", True), "offload"),
+        ("tpu", "auto", False, "device"),
+        ("cpu", "int8", False, "dtype"),
+        ("cpu", "auto", True, "offload"),
         pytest.param(
-            ("cuda", "auto", False),
-            "device",
+            *("cuda", "auto", False, "device"),
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
 )
-def test_a_placement_that_cannot_be_is_refused(settings: tuple[str, str, bool], field: str):
+def test_a_placement_that_cannot_be_is_refused(device: str, dtype: str, offload: bool, field: str):
     with pytest.raises(InvalidRequest) as refused:
-        place(*settings)
+        place(device, dtype, offload=offload)
     assert refused.value.field == field
 
 
@@ -353,7 +352,7 @@ def memory(field):
 
 for folder, config in ((FOLDER, None), (FILE, FOLDER)):
     for dtype in ("float32", "bfloat16"):
-        placement = place("cpu", dtype, False)
+        placement = place("cpu", dtype)
         load(Source(location=EMBEDDED), {"unet": UNet2DConditionModel}, placement)  # imports are not what is measured
         open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
         before = memory("VmRSS")
@@ -427,7 +426,7 @@ def test_offloading_changes_no_result_and_survives_a_failed_call():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_on_a_gpu_weights_are_channels_last_and_offloading_keeps_only_the_unet(offloaded: bool):
-    placement = place("cuda", "float32", offloaded)
+    placement = place("cuda", "float32", offload=offloaded)
     cpu, gpu = (load(Source(location=str(EMBEDDED / "sdxl")), SDXL, where) for where in (CPU, placement))
     for name, module in networks(gpu).items():
         at_home = "cpu" if offloaded and name != "unet" else "cuda"
