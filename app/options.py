@@ -49,6 +49,7 @@ PANELS: dict[str, tuple[Option, ...]] = {
         Option("sampler", str, "Such as euler_a or 'DPM++ 2M Karras'; see `heliograph samplers`."),
         Option("schedule", str, "The sampler's spacing of noise levels."),
         Option("clip_skip", int, "Layers of the text encoder left out from the end."),
+        Option("deep_cache", int, "The whole network runs in every n-th step: faster, and a little different."),
         Option("stop_at_step", int, "End there, with what that step has come to."),
     ),
     "From a picture": (

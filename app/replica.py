@@ -231,7 +231,7 @@ def load_family(settings: ModelSettings) -> Any:
         offload=settings.offload,
         fp8=settings.fp8,
         graphs=settings.graphs,
-        compiled=None if settings.compiled is None else Path(settings.compiled).expanduser(),
+        compiled=_folder(settings.compiled),
     )
 
 
@@ -265,10 +265,14 @@ def start_engine(
             adapters=adapters,
         )
         if warm_up:
-            engine.warm_up(settings.max_rows)
+            engine.warm_up(settings.max_rows, settings.sizes, _folder(settings.measured))
         return engine
 
     return host(make), {"name": settings.name, "family": settings.family, "threads": threads}
+
+
+def _folder(said: str | None) -> Path | None:
+    return None if said is None else Path(said).expanduser()
 
 
 def origins(settings: ModelSettings, engine: Any) -> Origins:

@@ -60,6 +60,7 @@ class CardDefaults(Strict):
     sampler: str | None = None
     schedule: str | None = None
     guidance_input: bool | None = None
+    deep_cache: int | None = None
     tasks: tuple[str, ...] | None = None
 
 
@@ -81,6 +82,10 @@ class ModelSettings(Strict):
     max_waiting: int = Field(default=256, ge=1, description="pictures that may wait before new ones get 429")
     max_wait_s: Positive = 120.0  # seconds of work that may be there before new requests get 429
     max_rows: int | None = Field(default=None, ge=2, description="rows of one forward; measured unless said")
+    sizes: tuple[tuple[int, int], ...] = Field(
+        default=(), description="[width, height] besides the native one, for which rows are measured too"
+    )
+    measured: str | None = Field(default=None, description="folder for what was measured; not kept unless said")
     adapters: str | None = Field(default=None, description="folder of LoRAs and textual inversions (.safetensors)")
     lora_cache_mib: int = Field(default=2048, ge=1, description="memory for LoRAs that are loaded")
     routing: Literal["work", "default"] = Field(
@@ -100,6 +105,8 @@ class ModelSettings(Strict):
     def _nothing_is_in_vain(self) -> Self:
         if self.family in UPSCALING and (self.controlnets or self.preprocessors):
             raise ValueError(f"controlnets and preprocessors do not go with the family {self.family}")
+        if self.sizes and (self.max_rows is not None or self.family in UPSCALING):
+            raise ValueError("sizes are measured: they go with neither max_rows nor a model that makes pictures larger")
         if self.hold_s is not None and self.routing != "work":
             raise ValueError("hold_s needs routing: work")
         return self

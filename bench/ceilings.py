@@ -25,10 +25,10 @@ class Ceilings:
         """On random data: zeros take less power, and then the clock is higher than in earnest."""
         n = CUBE[device.type]
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        product_s = _best_s(lambda: a @ b, device)
+        product_s = best_s(lambda: a @ b, device)
         source = torch.randn(COPIED_BYTES[device.type] // 4, device=device)
         target = torch.empty_like(source)
-        copy_s = _best_s(lambda: target.copy_(source), device)
+        copy_s = best_s(lambda: target.copy_(source), device)
         read_and_written = 2 * source.numel() * source.element_size()
         return cls(dtype=str(dtype), cube=n, flop_per_s=2 * n**3 / product_s, bytes_per_s=read_and_written / copy_s)
 
@@ -38,7 +38,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best_s(call: Callable[[], object], device: torch.device) -> float:
+def best_s(call: Callable[[], object], device: torch.device) -> float:
     """The best mean over a few rounds: a single call would measure the launch."""
     rounds = []
     for _ in range(3):

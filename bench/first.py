@@ -1,7 +1,8 @@
 """`python -m bench.first`: a fresh process that loads a model, draws its first picture, and says when.
 
-It prints a word on a line of its own as it gets there: `imported`, `loaded`, `drawn`, and `compiled` when the network
-has been compiled and a picture was drawn by it. bench.cold reads the clock.
+It prints a word on a line of its own as it gets there: `imported`, `loaded`, `warm` when what a replica does before it
+takes requests is done, `drawn`, and `compiled` when the network has been compiled and a picture was drawn by it.
+bench.cold reads the clock.
 """
 
 import os
@@ -20,6 +21,7 @@ def main(
     side: Annotated[int, typer.Option(help="Of the pictures.")],
     device: Annotated[str, typer.Option()],
     dtype: Annotated[str, typer.Option()],
+    measured: Annotated[Path, typer.Option(help="Where what is measured is kept.")],
     graphs: Annotated[bool, typer.Option()] = False,
     compiled: Annotated[Path | None, typer.Option(help="Where what is compiled is kept.")] = None,
 ) -> None:
@@ -41,6 +43,8 @@ def main(
     )
     engine = Engine(family, card(network, side))
     _say("loaded")
+    engine.warm_up(kept=measured)
+    _say("warm")
     request = request_of(RequestClass(side, STEPS), 1, network.name)
     engine.generate([request])
     _say("drawn")

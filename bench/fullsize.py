@@ -164,22 +164,24 @@ class Flops:
     def count(cls, modules: Mapping[str, Any], side: int) -> "Flops":
         """Counted on meta tensors: nothing is computed."""
         with torch.device("meta"):
-            denoiser, decoder = (type(modules[n]).from_config(modules[n].config) for n in ("unet", "vae"))
-        latents = torch.empty(1, 4, side // 8, side // 8, device="meta")
-        config = denoiser.config
-        added = {}
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            added = {
-                "text_embeds": torch.empty(1, pooled, device="meta"),
-                "time_ids": torch.empty(1, 6, device="meta"),
-            }
-        context = torch.empty(1, TOKENS, config.cross_attention_dim, device="meta")
-        time = torch.empty(1, device="meta")
+            decoder = type(modules["vae"]).from_config(modules["vae"].config)
+            latents = torch.empty(1, 4, side // 8, side // 8)
         return cls(
-            row=_counted(lambda: denoiser(latents, time, context, added_cond_kwargs=added)),
+            row=_counted(lambda: forward_on_meta(modules["unet"], side)),
             decode=_counted(lambda: decoder.decode(latents)),
         )
+
+
+def forward_on_meta(unet: Any, side: int) -> None:
+    """One row's forward by a UNet like this, of tensors that are nowhere: for whoever listens to what it calls."""
+    with torch.device("meta"), torch.no_grad():
+        denoiser = type(unet).from_config(unet.config)
+        config, added = denoiser.config, {}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        context = torch.empty(1, TOKENS, config.cross_attention_dim)
+        denoiser(torch.empty(1, 4, side // 8, side // 8), torch.empty(1), context, added_cond_kwargs=added)
 
 
 def _counted(call: Any) -> int:

@@ -40,6 +40,7 @@ class Parts(StrEnum):
     SATURATED = "saturated"
     OPEN = "open"
     LORAS = "loras"
+    ATTENTION = "attention"
     LADDER = "ladder"
     COLD = "cold"
 
@@ -191,7 +192,7 @@ async def _measure_model(
 
 
 async def _take(part: Parts, built: "Built", turns: "Turns | None", say: "Say", keep: "Keep") -> None:
-    from bench import cold, ladder, lora_share
+    from bench import attention, cold, ladder, lora_share
     from bench.capacities import Capacities
 
     match part:
@@ -202,6 +203,8 @@ async def _take(part: Parts, built: "Built", turns: "Turns | None", say: "Say", 
             await Capacities(built, say, keep).run()
         case Parts.LORAS:
             await lora_share.compare(built, say, keep)
+        case Parts.ATTENTION:
+            attention.compare(built, say, keep)
         case Parts.LADDER:
             await ladder.climb(built, say, keep)
         case Parts.COLD:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One optimisation: its name, its predicted gain by model, and what it sets: `cap`, `remembering`, or an option of
-    models.weights.place."""
+    """One optimisation: its name, its predicted gain by model, and what it sets: `cap`, `remembering`, an option of
+    models.weights.place, or `deep_cache` of the requests."""
 
     name: str
     predicted: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Rung:
 ALIKE = ("sd15", "sd21", "sdxl")
 ALONE = {"sd15": "1.0 (alone 1.5–1.9)", "sdxl": "1.0 (alone 1.2–1.4)"}
 FUSED = {"sd15": "1.2–1.5", "sdxl": "1.25–1.35"}
+CACHED = {"sd15": "2.0–2.4", "sd21": "2.0–2.3", "sdxl": "2.2–2.8"}
 RUNGS = (
     Rung(name="eager, channels-last, one at a time", sets={"cap": ROWS, "remembering": False}),
     Rung(name="keys and values made once", predicted=dict.fromkeys(ALIKE, "1.01–1.03"), sets={"remembering": True}),
@@ -45,6 +46,7 @@ RUNGS = (
     Rung(name="graphs", predicted=ALONE, sets={"graphs": True}),
     Rung(name="compiled", predicted=FUSED, sets={"compiled": True}),
     Rung(name="FP8, not compiled", predicted={"sdxl": "up to 1.3 of graphs"}, sets={"compiled": False, "fp8": True}),
+    Rung(name="DeepCache, every third step whole", predicted=CACHED, sets={"deep_cache": 3}),
 )
 
 
@@ -84,7 +86,15 @@ async def climb(built: Built, say: Say, keep: Keep) -> None:
 
 
 async def _measure(
-    built: Built, one: Climbed, say: Say, *, cap: int | None, remembering: bool, compiled: bool = False, **how: Any
+    built: Built,
+    one: Climbed,
+    say: Say,
+    *,
+    cap: int | None,
+    remembering: bool,
+    compiled: bool = False,
+    deep_cache: int = 1,
+    **how: Any,
 ) -> None:
     """What the rung gives. Raises InvalidRequest for what this device or these options do not allow."""
     folder = built.options.compiled
@@ -97,14 +107,13 @@ async def _measure(
         if compiled and not engine.compiled_kinds:
             raise RuntimeError("none of its forwards could be compiled")
         one.cap = engine.cap(built.side)
-        alone = [
-            await drive(engine, Load.saturating([built.request_of(RequestClass(built.side, STEPS), seed)]))
-            for seed in range(REPEATS)
-        ]
+        singles = [built.request_of(RequestClass(built.side, STEPS), seed) for seed in range(REPEATS)]
+        alone = [await drive(engine, Load.saturating([replace(each, deep_cache=deep_cache)])) for each in singles]
         one.alone_s = statistics.median(run.latency_s(50) for run in alone)
         equal, *_ = workloads_at(built.side, built.side)
         count = built.options.pictures // (SERIAL if cap else 1)
         requests = requests_of(equal, max(2, count), built.options.seed, name)
+        requests = [replace(request, deep_cache=deep_cache) for request in requests]
         one.saturated = await saturated(engine, built, equal, requests, say)
 
 

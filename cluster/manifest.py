@@ -102,8 +102,8 @@ class Manifest:
         """How many pictures the finished job has, and how many errors."""
         whole = self._place.get(WHOLE)
         assert whole is not None
-        # In this thread alone: `pq.read_table` leaves it to threads of Arrow's own to let go of these bytes, for which they
-        # need Python's lock, and a process that ends meanwhile is aborted.
+        # In this thread alone: `pq.read_table` leaves it to threads of Arrow's own to let go of these bytes, for which
+        # they need Python's lock, and a process that ends meanwhile is aborted.
         with pq.ParquetFile(pa.BufferReader(whole), pre_buffer=False) as file:
             errors = file.read(["error"], use_threads=False)["error"]
         return errors.null_count, len(errors) - errors.null_count

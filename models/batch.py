@@ -8,15 +8,16 @@ import torch
 from models.adapters.controlnet import ControlBatch
 from models.adapters.lora import Mix, Worn
 from models.conditioning import stack
-from models.family import Conditioning
-from models.forward import Inputs
+from models.deep_cache import Deep
+from models.family import Conditioning, Residuals
+from models.forward import Inputs, Outputs
 from models.guidance import Guidance, ToDevice
 from models.sequence import Kept, Sequence
 
 
 @dataclass
 class Batch:
-    """Sequences of one latent shape; tensors are on the device."""
+    """Sequences of one latent shape, whose next steps are all shallow or none is; tensors are on the device."""
 
     sequences: list[Sequence]
     history: torch.Tensor  # (n, 8, c, h, w), of which each sequence holds its own part
@@ -29,6 +30,7 @@ class Batch:
     kept: Kept | None  # (n, ...) each, where any sequence keeps a part of its picture
     controls: ControlBatch
     mixes: list[Mix]  # each row's LoRAs
+    deep: Deep | None  # of all rows, where the next step is shallow
 
     @classmethod
     def of(cls, sequences: list[Sequence], to_device: ToDevice) -> Self:
@@ -47,6 +49,7 @@ class Batch:
             beside=torch.stack(beside) if beside else None,
             kept=_kept(sequences, history[0].device),
             mixes=[s.mix for s in sequences for _ in range(s.rows)],
+            deep=_deep(sequences),
             controls=ControlBatch([s.controls for s in sequences], owners, [len(s.tape) for s in sequences]),
         )
 
@@ -70,18 +73,33 @@ class Batch:
             kept=self.kept,
             residuals=None,
             loras=loras,
+            deep=self.deep,
+            taken=self.deep is None and any(s.request.deep_cache > 1 for s in self.sequences),
         )
 
-    def advance(self, moved: torch.Tensor, clean: torch.Tensor) -> None:
-        """Hands each sequence its history, one step later, and the clean latents it expects."""
-        self.history, self.parts = moved, list(moved)
-        for sequence, history, estimate in zip(self.sequences, self.parts, clean, strict=True):
+    def advance(self, outputs: Outputs, residuals: Residuals | None) -> None:
+        """Hands each sequence its history, one step later, the clean latents it expects, and what its next step needs
+        where that is shallow. `residuals` are those that the network was given."""
+        self.history, self.parts = outputs.moved, list(outputs.moved)
+        deep = self.deep
+        if outputs.below is not None:
+            deep = Deep(below=outputs.below, steered=None if residuals is None else residuals[0][0])
+        left = deep.split([s.rows for s in self.sequences]) if deep is not None else [None] * len(self.sequences)
+        for sequence, history, estimate, part in zip(self.sequences, self.parts, outputs.clean, left, strict=True):
             sequence.history, sequence.estimate = history, estimate
             sequence.position += 1
+            sequence.deep = part if sequence.shallow else None
+        self.deep = deep if self.sequences[0].shallow else None
 
 
 def _told(sequences: list[Sequence]) -> list[Conditioning]:
     return [row.at(s.step) for s in sequences for row in s.conditioning]
+
+
+def _deep(sequences: list[Sequence]) -> Deep | None:
+    """What their shallow steps go on from; None where the whole network is to run."""
+    parts = [s.deep for s in sequences if s.shallow and s.deep is not None]
+    return Deep.joined(parts) if parts else None
 
 
 def _kept(sequences: list[Sequence], device: torch.device) -> Kept | None:

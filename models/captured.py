@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from models.compiled import MOST_ROWS, Compiled, Package
-from models.forward import Inputs, leaves, planted
+from models.forward import Inputs, Outputs, leaves, planted
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows; a forward of more is not captured
 WORTH = 3  # forwards of one kind before it is captured, which takes as long as several of them
@@ -23,7 +23,6 @@ LASTING = 30  # and before it is compiled: not in the warm-up, whose measurement
 KINDS = 64  # that are remembered; the least recently used one is given up
 BYTES = 2**30  # that the places of all kinds take together; a kind that takes more alone is not captured
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
 _log = logging.getLogger(__name__)
 
 
@@ -123,8 +122,8 @@ class Captured:
     """Runs forwards as `plain` does, faster where they come often. One thread at a time.
 
     `recorder` makes what records them; without one nothing is captured. `fused` runs them with one of the packages that
-    `compiled` has, which know nothing of LoRAs. `rows` and `padded` count the rows of replays that were wanted, and
-    those that were computed beside them for nothing.
+    `compiled` has, which know nothing of LoRAs and let nothing be taken. `rows` and `padded` count the rows of replays
+    that were wanted, and those that were computed beside them for nothing.
     """
 
     def __init__(
@@ -148,7 +147,8 @@ class Captured:
         if kind is None:
             return self._plain(inputs)
         kind.asked += 1
-        if kind.asked >= LASTING and not kind.sought and inputs.loras is None and len(inputs.owners) <= MOST_ROWS:
+        plain = inputs.loras is None and not inputs.taken
+        if kind.asked >= LASTING and not kind.sought and plain and len(inputs.owners) <= MOST_ROWS:
             kind.sought = True
             kind.package = None if self._compiled is None else self._compiled.package(partial(self._plain, bare))
         made = None
@@ -192,7 +192,7 @@ class Captured:
         if size > SIZES[-1] or size * sum(tensor[0].nbytes for tensor in tensors.values()) > BYTES:
             return None
         shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in tensors.items())
-        key = size, shapes, None if inputs.loras is None else inputs.loras.layout
+        key = size, shapes, inputs.taken, None if inputs.loras is None else inputs.loras.layout
         kind = self._kinds.setdefault(key, _Kind())
         self._kinds.move_to_end(key)
         if len(self._kinds) > KINDS:
@@ -237,8 +237,8 @@ class Captured:
         kind.recording.replay()
         rows, images = len(inputs.owners), len(inputs.lines)
         self.rows, self.padded = self.rows + rows, self.padded + kind.place.size - rows
-        moved, clean = kind.recording.outputs
-        return moved[:images].clone(), clean[:images].clone()
+        moved, clean, below = kind.recording.outputs
+        return Outputs(moved[:images].clone(), clean[:images].clone(), None if below is None else below[:rows].clone())
 
     def _make_room(self, wanted: int) -> None:
         """Gives up the places of the kinds that have not come for longest."""

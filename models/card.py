@@ -33,6 +33,7 @@ class ModelCard:
     sampler: str = "dpmpp_2m"
     schedule: str = "karras"
     guidance_input: bool = False
+    deep_cache: int = 1
     tasks: tuple[str, ...] = TASKS
     upscaling: Upscaling | None = None
 

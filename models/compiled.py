@@ -5,7 +5,6 @@ too. What is compiled knows the network's shape and not its weights, so all mode
 native code: nobody else may write to the folder.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from models.likeness import likeness, name_of
 
 MOST_ROWS = 63  # from 64 on diffusers' Upsample2D takes another way
 COMPILING_S = 1800.0
@@ -161,7 +161,7 @@ class Compiled:
             _mode.reset(token)
         if not seen:  # it was another network
             return None
-        key = _key(self._network, seen[0])
+        key = name_of(_job(self._network, seen[0]), RECIPE)
         if key not in self._packages and len(self._packages) < PACKAGES:
             self._packages[key] = Package(self._network, self._folder / f"{key}.pt2", seen[0])
         return self._packages.get(key)
@@ -179,34 +179,7 @@ class Compiled:
 
 def _job(network: Any, example: Mapping[str, Any]) -> dict[str, Any]:
     """What the process has to know, in plain data."""
-    parameter = next(network.parameters())
-    config = json.loads(network.to_json_string())
-    return {
-        "network": type(network).__name__,
-        "config": {name: value for name, value in config.items() if not name.startswith("_")},  # where it came from
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
-        "threads": torch.get_num_threads(),
-        "channels_last": network.conv_in.weight.is_contiguous(memory_format=torch.channels_last),
-        "example": {name: _told(value) for name, value in example.items()},
-    }
-
-
-def _key(network: Any, example: Mapping[str, Any]) -> str:
-    """The name of a package: another one wherever another one is needed."""
-    job = _job(network, example)
-    versions = {name: version(name) for name in ("torch", "diffusers")}
-    text = json.dumps([RECIPE, job, _processor(job["device"]), versions], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _processor(device: str) -> str:
-    """What code for a device may run on: a GPU's name, or what a CPU can."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    return next((line for line in lines if line.startswith("flags")), torch.backends.cpu.get_cpu_capability())
+    return likeness(network) | {"example": {name: _told(value) for name, value in example.items()}}
 
 
 def _told(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """One forward for many rows: every sequence of a batch takes one step of its own tape."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -8,10 +9,11 @@ import torch
 from models.adapters.lora import UNET
 from models.ahead import Ahead, Tell
 from models.batch import Batch
-from models.captured import Captured, Graphs, Outputs
+from models.captured import Captured, Graphs
 from models.compiled import Compiled, Package
-from models.family import Conditioning, Family, Residuals
-from models.forward import Inputs, forward
+from models.deep_cache import Taken, shallow, taking
+from models.family import Family
+from models.forward import Inputs, Outputs, forward
 from models.loras import Loras
 from models.rowwise import RowThreads
 from models.sequence import Sequence
@@ -70,31 +72,40 @@ class Denoiser:
             batch = self._batch
             inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
             positions = [sequence.position for sequence in sequences]
-            residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
-            moved, clean = (self.captured or self._plain)(replace(inputs, residuals=residuals))
-        batch.advance(moved, clean)
+            residuals = None
+            if batch.deep is None:  # what they add deep inside is in there
+                residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
+            outputs = (self.captured or self._plain)(replace(inputs, residuals=residuals))
+        batch.advance(outputs, residuals)
         if not any(sequence.denoising for sequence in sequences):
             self._batch = None
-        return clean
+        return outputs.clean
 
-    def _predict(self, inputs: Inputs) -> torch.Tensor:
-        """The network's answers to all rows, which have their LoRAs on."""
+    def _predict(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """The network's answers to all rows, which have their LoRAs on, and what came to its last layer from below
+        where that is to be taken."""
         seen, when = inputs.shown()
-        with self._loras.denoising(inputs.loras):
-            [outputs] = self._share(partial(self._predict_part, seen, when, inputs.rows, inputs.residuals), seen)
-        return outputs
+        unet = self._family.networks[UNET]
+        with self._loras.denoising(inputs.loras), taking(unet) if inputs.taken else nullcontext() as taken:
+            return self._share(partial(self._predict_part, inputs, seen, when, taken), seen)
 
     def _fused(self, package: Package, inputs: Inputs) -> Outputs:
         """A forward with a package for its network, of rows that have no LoRAs on."""
         with Compiled.used(package):
-            return forward(inputs, lambda inputs: self._family.predict(*inputs.shown(), inputs.rows, inputs.residuals))
+            answers = self._family.predict(*inputs.shown(), inputs.rows, inputs.residuals)
+            return forward(inputs, lambda _: (answers,))
 
     def _predict_part(
-        self, seen: torch.Tensor, when: torch.Tensor, rows: Conditioning, residuals: Residuals | None, part: slice
-    ) -> tuple[torch.Tensor]:
-        down, mid = residuals or ((), None)
+        self, inputs: Inputs, seen: torch.Tensor, when: torch.Tensor, taken: Taken | None, part: slice
+    ) -> tuple[torch.Tensor, ...]:
+        rows = inputs.rows.part(part)
+        if inputs.deep is not None:
+            unet = self._family.networks[UNET]
+            return (shallow(unet, seen[part], when[part], rows, inputs.deep.part(part)),)
+        down, mid = inputs.residuals or ((), None)
         own = None if mid is None else ([each[part] for each in down], mid[part])
-        return (self._family.predict(seen[part], when[part], rows.part(part), own),)
+        answers = self._family.predict(seen[part], when[part], rows, own)
+        return (answers,) if taken is None else (answers, taken())
 
     def _lines(self, sequences: list[Sequence]) -> torch.Tensor:
         return self._to_device(torch.stack([s.tape.lines[s.position] for s in sequences]))

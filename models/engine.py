@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,8 @@ from models.events import Event, Failed, Finished, Progress
 from models.family import Family
 from models.images import encode_preview
 from models.load import Load
-from models.measuring import forward_s, knee, seconds_by_rows
+from models.measurements import Measurements
+from models.measuring import knee, measured, plainest
 from models.pace import Pace
 from models.preparation import Preparation
 from models.registered import Adapters
@@ -88,7 +90,7 @@ class Engine:
         self._forwards = 0
         self._faults = 0
         self._turned = time.monotonic()
-        self._stepped: list[tuple[Sequence, int]] = []  # in this turn, and the rows that shared the forward
+        self._stepped: list[tuple[Sequence, int, float]] = []  # in this turn, the rows of the forward, its own breadth
 
     @property
     def captured(self) -> Captured | None:
@@ -220,15 +222,14 @@ class Engine:
         self._attempt(self._preparation.join, newcomers)
         joined = [sequence for sequence in batch if sequence.begun]
         self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
-        for sequence, rows in self._stepped:  # each alone: who fails here has taken the step all the same
+        for sequence, rows, _ in self._stepped:  # each alone: who fails here has taken the step all the same
             self._attempt(partial(self._tell_progress, rows), [sequence])
-        breadth = sum(sequence.breadth for sequence, _ in self._stepped)
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
         decoding = self._delivery.take(self._live)
         self._attempt(self._delivery.decode, decoding)
         self._turned = time.monotonic()
         beside = sum(s.stages[0].begin for s in newcomers) + sum(s.work for s in decoding)
-        self.pace.note(breadth, beside, self._turned - started)
+        self.pace.note(sum(breadth for *_, breadth in self._stepped), beside, self._turned - started)
         return bool(batch or decoding)
 
     def _run(self) -> None:
@@ -282,11 +283,12 @@ class Engine:
             self.batcher.set_cap(half[0].shape, sum(sequence.rows for sequence in half))
 
     def _denoise(self, batch: list[Sequence]) -> None:
+        rows = sum(sequence.rows for sequence in batch)
+        stepped = [(sequence, rows, sequence.breadth) for sequence in batch]  # the next step's may be another
         self._denoiser.step(batch)
+        self._stepped += stepped
         self._forwards += 1
         self._faults = 0
-        rows = sum(sequence.rows for sequence in batch)
-        self._stepped += [(sequence, rows) for sequence in batch]
 
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
         """At a phase's end: on to the next one, or to the decoder."""
@@ -350,16 +352,20 @@ class Engine:
         self.submit(request, on_event, progress=False)
         return future
 
-    def warm_up(self, cap: int | None = None) -> None:
-        """Draws a picture, measures the pace at the native size, and from it the cap in rows, unless told that. Call it
-        before stepping."""
+    def warm_up(self, cap: int | None = None, sizes: Iterable[tuple[int, int]] = (), kept: Path | None = None) -> None:
+        """Draws a picture, measures the pace at the native size, and from it the cap in rows, unless told that; caps of
+        other `sizes`, (width, height), too. What is measured is `kept` in a folder. Call it before stepping."""
         request = warm_up_request(self.card, steps=2)
         self.generate([request])
         [sequence] = self._preparation.sequences(request.resolve(self.card), "", time.monotonic())
-        seconds = seconds_by_rows(partial(forward_s, self._preparation, self._denoiser, self.card), cap)
+        measure = partial(measured, self._preparation, self._denoiser, Measurements(self.family, cap, kept))
+        shape, seconds = measure(plainest(self.card))
         cap, row = cap or knee(seconds), sequence.breadth / sequence.rows
-        self.batcher.set_cap(sequence.shape, cap)
+        self.batcher.set_cap(shape, cap)
         self.pace.learn({rows * row: s for rows, s in seconds.items()}, usual=sequence.breadth, full=cap * row)
+        for width, height in sizes:
+            shape, seconds = measure(plainest(self.card, width=width, height=height))
+            self.batcher.set_cap(shape, knee(seconds))
 
 
 def host(make: Callable[[], Engine]) -> Engine:

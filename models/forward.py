@@ -6,11 +6,12 @@ over other numbers in the same places (models.captured).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 from models.adapters.lora import PLAIN, Worn
+from models.deep_cache import Deep
 from models.family import Conditioning, Residuals
 from models.guidance import Guidance
 from models.sequence import Kept
@@ -24,7 +25,8 @@ class Inputs:
     """All that a forward of n images in r rows depends on; None for what nobody among them needs.
 
     `history` (n, 8, c, h, w) as in models.sequence, `lines` (n, 15) of the tapes, `owners` (r,) the image that each row
-    belongs to, `beside` (n, k, h, w) what the network sees beside the latents, `noise` and `kept` (n, ...) each.
+    belongs to, `beside` (n, k, h, w) what the network sees beside the latents, `noise` and `kept` (n, ...) each. With
+    `deep` only the network's outermost layer runs; where it is `taken`, the answer has what that layer needs next time.
     """
 
     history: torch.Tensor
@@ -37,6 +39,8 @@ class Inputs:
     kept: Kept | None
     residuals: Residuals | None
     loras: Worn | None
+    deep: Deep | None = None
+    taken: bool = False
 
     def shown(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network is shown, (r, c + k, h, w), and the timesteps, (r,)."""
@@ -46,14 +50,23 @@ class Inputs:
         return latents[self.owners], self.lines[:, TIMESTEP][self.owners]
 
 
-Predict = Callable[[Inputs], torch.Tensor]
-"""The network's answers (r, c, h, w) to what it is shown."""
+class Outputs(NamedTuple):
+    """The history one step later, the clean latents (n, c, h, w) that each image expects now, and what came to the
+    network's last layer from below, (r, c, h, w), where that was to be taken."""
+
+    moved: torch.Tensor
+    clean: torch.Tensor
+    below: torch.Tensor | None = None
 
 
-def forward(inputs: Inputs, predict: Predict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The history one step later, and the clean latents that each image expects now, (n, c, h, w)."""
+Predict = Callable[[Inputs], tuple[torch.Tensor, ...]]
+"""The network's answers (r, c, h, w) to what it is shown, and what was to be taken."""
+
+
+def forward(inputs: Inputs, predict: Predict) -> Outputs:
     history, lines = inputs.history, inputs.lines
-    m = inputs.guidance.combine(predict(inputs))
+    answers, *taken = predict(inputs)
+    m = inputs.guidance.combine(answers)
     known = torch.cat([history[:, : M.start], m[:, None], history[:, M.start + 1 :]], 1)
     coefficients, each = lines[:, COEFFICIENTS], lines[..., None, None, None]
     after = torch.einsum("ns,nschw->nchw", coefficients[:, :Z], known)
@@ -64,7 +77,7 @@ def forward(inputs: Inputs, predict: Predict) -> tuple[torch.Tensor, torch.Tenso
     p, q = each[:, ESTIMATE].unbind(1)
     # One step older, both of them; the slot of the answer to come is free again.
     moved = torch.cat([after[:, None], known[:, :HISTORY], known[:, :1], known[:, M.start : M.stop - 1]], 1)
-    return moved, p * history[:, 0] + q * m
+    return Outputs(moved, p * history[:, 0] + q * m, *taken)
 
 
 def _with_kept(kept: Kept, after: torch.Tensor, blends: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ GUIDANCE_RESCALE = Range(0.0, 1.0)
 SEED = Range(0, 2**53 - 1)  # what every JSON client can hold exactly
 SAMPLES = Range(1, 16)
 CLIP_SKIP = Range(0, 4)
+DEEP_CACHE = Range(1, 10)  # steps
 DENOISE_STRENGTH = Range(0.0, 1.0)
 VARIATION_STRENGTH = Range(0.0, 1.0)
 DEADLINE_S = Range(0.1, 86400.0)

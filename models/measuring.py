@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from models.card import ModelCard
 from models.denoiser import Denoiser
+from models.measurements import Measurements, Seconds
 from models.preparation import Preparation
-from models.request import warm_up_request
+from models.request import EffectiveRequest, warm_up_request
+from models.turns import Shape
 
 _ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _ALWAYS_TRIED = 16  # rows: on a busy machine one slow forward would pass for the end of what pays
@@ -24,9 +27,9 @@ def knee(seconds: Mapping[int, float], worth: float = 0.1) -> int:
     return min(rows for rows, time in seconds.items() if rows / time >= (1 - worth) * best)
 
 
-def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) -> dict[int, float]:
+def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) -> Seconds:
     """Seconds of one forward by number of rows, up to `most`, or to where more no longer pay or memory ends."""
-    seconds: dict[int, float] = {}
+    seconds: Seconds = {}
     for rows in _ROW_COUNTS:
         if most and rows > most:
             break
@@ -40,9 +43,22 @@ def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) 
     return seconds
 
 
-def forward_s(preparation: Preparation, denoiser: Denoiser, card: ModelCard, rows: int) -> float:
-    """Seconds that a step of `rows` unguided pictures of the native size takes, the best of a few."""
-    plain = warm_up_request(card, guidance_scale=1.0, steps=_TRIES).resolve(card)
+def measured(
+    preparation: Preparation, denoiser: Denoiser, measurements: Measurements, plain: EffectiveRequest
+) -> tuple[Shape, Seconds]:
+    """The latents' shape of such pictures, and the seconds of their forwards by rows, as far as they are measured."""
+    [sequence] = preparation.sequences(plain, "", time.monotonic())
+    measure = partial(forward_s, preparation, denoiser, plain)
+    return sequence.shape, measurements.of(sequence.shape, partial(seconds_by_rows, measure))
+
+
+def plainest(card: ModelCard, **size: int) -> EffectiveRequest:
+    """An unguided picture of this size, the native one unless said, of which every step is one of the whole network."""
+    return warm_up_request(card, guidance_scale=1.0, steps=_TRIES, deep_cache=1, **size).resolve(card)
+
+
+def forward_s(preparation: Preparation, denoiser: Denoiser, plain: EffectiveRequest, rows: int) -> float:
+    """Seconds that a step of `rows` pictures of the plainest kind takes, the best of a few."""
     sequences = [preparation.sequences(plain, "", time.monotonic())[0] for _ in range(rows)]
     preparation.join(sequences)
     seconds = []

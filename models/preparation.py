@@ -44,7 +44,7 @@ class Preparation:
         phases = tuple(self._steered(request, phase) for phase in phases)
         runs = [Run(phase.tape.steps, *self._size(phase)) for phase in phases]
         script = self._conditioner.script(request, runs, self._adapters.loras.of_encoders(mix))
-        stages = _stages(phases, len(script.lines))
+        stages = _stages(phases, len(script.lines), request.deep_cache)
         return [
             Sequence(
                 request=one,
@@ -190,7 +190,7 @@ class Preparation:
         return clean, noise
 
 
-def _stages(phases: tuple[Phase, ...], rows: int) -> tuple[Stage, ...]:
+def _stages(phases: tuple[Phase, ...], rows: int, deep_cache: int) -> tuple[Stage, ...]:
     """The phases as work."""
     stages: list[Stage] = []
     for number, phase in enumerate(phases):
@@ -202,6 +202,7 @@ def _stages(phases: tuple[Phase, ...], rows: int) -> tuple[Stage, ...]:
             controls=phase.controls,
             shown=phase.picture is not None or phase.canvas is not None,
             larger=before[1] * before[2],
+            deep_cache=deep_cache,
         )
         stages.append(stage)
     return tuple(stages)

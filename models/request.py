@@ -41,6 +41,8 @@ class GenerationRequest:
     `variation_seed` counts on instead. `prompt_syntax` "weighted" reads `(x:1.2)`, `BREAK`, `[a:b:0.5]` and the like,
     "plain" takes every character for what it is. `clip_skip` counts text-encoder layers left out from the end.
 
+    The whole network runs in every `deep_cache`-th step, in the others its outermost layer alone (models.deep_cache).
+
     `denoise_strength` 1 ignores the input picture, 0 returns it through the autoencoder. White in `mask` is drawn anew;
     blur, grow and padding are in pixels; region "masked" draws the masked part alone, at the size asked for, and puts
     it back into the picture; `paste_back` keeps every pixel outside the mask exactly as it was. `noise_level` is how
@@ -66,6 +68,7 @@ class GenerationRequest:
     sampler: str | None = None
     schedule: str | None = None
     clip_skip: int = 0
+    deep_cache: int | None = None
     image: Picture | None = None
     denoise_strength: float | None = None
     mask: Picture | None = None
@@ -112,6 +115,7 @@ class GenerationRequest:
         values |= self._adapted()
         values["steps"] = steps = card.steps if self.steps is None else self.steps
         values["guidance_scale"] = card.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        values["deep_cache"] = card.deep_cache if self.deep_cache is None else self.deep_cache
         values["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         values["variation_seed"] = self._variation_seed()
         values["denoise_strength"] = self._strength(steps)
@@ -197,6 +201,7 @@ class EffectiveRequest(GenerationRequest):
     seed: int = 0
     sampler: str = ""
     schedule: str = ""
+    deep_cache: int = 1
     denoise_strength: float = 1.0
     guidance_input: bool = False
 
@@ -267,6 +272,7 @@ class EffectiveRequest(GenerationRequest):
         limits.SAMPLES.check("samples", self.samples)
         limits.VARIATION_STRENGTH.check("variation_strength", self.variation_strength)
         limits.CLIP_SKIP.check("clip_skip", self.clip_skip)
+        limits.DEEP_CACHE.check("deep_cache", self.deep_cache)
         limits.DENOISE_STRENGTH.check("denoise_strength", self.denoise_strength)
         limits.MASK_BLUR.check("mask_blur", self.mask_blur)
         limits.MASK_GROW.check("mask_grow", self.mask_grow)

@@ -9,6 +9,7 @@ from models.adapters.controlnet import Control
 from models.adapters.lora import Mix
 from models.canvas import Canvas
 from models.conditioning import Row
+from models.deep_cache import Deep
 from models.images import Picture
 from models.parts import Enlargement
 from models.prompt import PromptReport
@@ -52,9 +53,9 @@ class Sequence:
 
     `history` (8, c, h, w) holds the last latents, newest first, then the last model outputs, of which slot 4 is free
     for the one to come. `estimate` (c, h, w) is the clean latents that the last step expected. `inputs` (k, h, w) is
-    what the network sees beside the latents. `rows` is how many rows of a forward the image takes. The image is done
-    after `stop` forwards, if its tapes are not at their ends before. `stages` are the phases as work; `key` says whose
-    it is. Times are of time.monotonic().
+    what the network sees beside the latents, `deep` what its next step goes on from where that is shallow. `rows` is
+    how many rows of a forward the image takes. The image is done after `stop` forwards, if its tapes are not at their
+    ends before. `stages` are the phases as work; `key` says whose it is. Times are of time.monotonic().
     """
 
     request: EffectiveRequest
@@ -75,6 +76,7 @@ class Sequence:
     estimate: torch.Tensor | None = None
     kept: Kept | None = None
     inputs: torch.Tensor | None = None
+    deep: Deep | None = None
     conditioning: list[Row] = field(default_factory=list)
     reports: dict[str, PromptReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -140,8 +142,18 @@ class Sequence:
         return left(self.stages, phase, self.position, max(self.stop, self.step))
 
     @property
+    def shallow(self) -> bool:
+        """Whether its next step is one of the network's outermost layer alone (models.deep_cache)."""
+        return self.stages[self.phase].shallow(self.position)
+
+    @property
     def breadth(self) -> float:
         """What its next forward costs, in row positions."""
+        return self.stages[self.phase].cost(self.position)
+
+    @property
+    def broadest(self) -> float:
+        """What a forward of the whole network costs."""
         return self.stages[self.phase].each
 
     @property

@@ -45,11 +45,14 @@ SHORT = 2.5  # plain forwards: shorter than that none has to be, since narrow on
 
 
 class Candidate(Protocol):
-    """The latents' shape, the rows it would take and the row positions these cost (models.work), its urgency (smaller
-    is first), whose it is, and whether it has been in a forward before."""
+    """The latents' shape, whether its next step is shallow (models.deep_cache), the rows it would take and the row
+    positions these cost (models.work), its urgency (smaller is first), whose it is, and whether it has been in a
+    forward before."""
 
     @property
     def shape(self) -> Shape: ...
+    @property
+    def shallow(self) -> bool: ...
     @property
     def rows(self) -> int: ...
     @property
@@ -162,8 +165,7 @@ class Turns:
         return self._had.get(flow, math.inf) < self._had[leader] - LIGHT * self._pace.plain_s
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
-        shape = batch.leader.shape
-        alike = [deque(candidate for candidate in queues[flow] if candidate.shape == shape) for flow in order]
+        alike = [deque(candidate for candidate in queues[flow] if batch.is_alike(candidate)) for flow in order]
         turns = [(*self._turn(flow), n) for n, flow in enumerate(order) if alike[n]]
         heapify(turns)
         price = self._pace.forward_s(batch.leader.breadth) / batch.leader.breadth
@@ -230,6 +232,10 @@ class _Batch(Generic[C]):
             slower, own = (self._slower, self._own) if flow[0] == self.flow[0] else (FREE, self._peers)
             longest_s = min(longest_s, slower * self._pace.forward_s(own))
         return longest_s == math.inf or self._pace.forward_s(self._breadth + candidate.breadth) <= longest_s
+
+    def is_alike(self, candidate: C) -> bool:
+        """Whether one forward can be of it and the leader: who rides along once goes on in step with the leader."""
+        return (candidate.shape, candidate.shallow) == (self.leader.shape, self.leader.shallow)
 
     def is_late(self, candidate: C) -> bool:
         """Whether it is one newcomer too many."""

@@ -50,8 +50,9 @@ class Upscaling:
         NOISE_LEVEL.check("noise_level", request.noise_level or 0)
         if request.noise_level and self.noise_level is None:
             raise InvalidRequest("noise_level", f"must be left out or 0: {request.model} puts no noise on pictures")
-        for name in ("controls", "hires"):
-            if getattr(request, name):
+        without = {"controls": request.controls, "hires": request.hires, "deep_cache": request.deep_cache > 1}
+        for name, said in without.items():
+            if said:
                 raise InvalidRequest(name, f"does not go with {request.model}, which makes pictures larger")
 
 

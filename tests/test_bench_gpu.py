@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers.models.attention_processor import Attention
 from rich.console import Console
 
 from bench import built as built_module
@@ -17,7 +18,7 @@ from bench.budget import Budget
 from bench.built import Built, Options
 from bench.cold import starts
 from bench.contender import Work
-from bench.fullsize import NETWORKS
+from bench.fullsize import NETWORKS, TOKENS
 from bench.inprocess import InProcess
 from bench.load import Load, Outcome, Run, drive
 from bench.openloop import searched
@@ -26,6 +27,7 @@ from bench.report import Sheet
 from bench.settled import breadths
 from bench.workloads import RequestClass, Workload, request_of
 from models import measuring
+from models.embedded import architecture
 
 OPTIONS = Options(
     device="cpu",
@@ -98,8 +100,22 @@ def test_loras_have_a_share_and_the_ladder_all_its_rungs(tmp_path: Path):
     assert all(way["share"] > 0 for way in found["loras"])
 
     assert [rung["name"] for rung in found["ladder"]] == [rung.name for rung in ladder.RUNGS]
-    assert [bool(rung["missing"]) for rung in found["ladder"]] == [False, False, False, True, True, True]
-    assert all(rung["gain"] for rung in found["ladder"][1:3])
+    missing = {rung["name"] for rung in found["ladder"] if rung["missing"]}
+    assert missing == {"graphs", "compiled", "FP8, not compiled"}  # which a CPU cannot, or no folder was given for
+    assert all(rung["gain"] for rung in found["ladder"][1:] if rung["name"] not in missing)
+
+
+@pytest.mark.usefixtures("_short")
+def test_torchs_kernels_for_attention_are_timed_at_a_models_own_shapes(tmp_path: Path):
+    found = figures_of([gpu.Parts.ATTENTION], tmp_path)["attention"]
+    unet: Any = architecture.unet(architecture.FAMILIES["sd15"])
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert sum(shape["times"] for shape in found["shapes"]) == len(layers)
+    assert {shape["told"] for shape in found["shapes"]} > {TOKENS}
+    by_name = {kernel["name"]: kernel for kernel in found["kernels"]}
+    assert min(by_name["torch's own choice"]["seconds"].values()) > 0
+    assert by_name["cuDNN"]["missing"]
+    assert not by_name["cuDNN"]["seconds"]
 
 
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -164,9 +180,10 @@ def test_a_fresh_process_tells_when_it_gets_where(tmp_path: Path):
     built.settle()
     pieces: list[Piece] = []
     starts(built, lambda what, done, of: None, pieces.append)
-    [start] = pieces[-1].figures
-    assert start["title"] == "cold"
-    assert 0 < start["seconds"]["imported"] < start["seconds"]["loaded"] < start["seconds"]["drawn"]
+    assert [start["title"] for start in pieces[-1].figures] == ["cold", "again"]
+    for start in pieces[-1].figures:
+        assert list(start["seconds"]) == ["imported", "loaded", "warm", "drawn"]
+        assert 0 < start["seconds"]["imported"] < start["seconds"]["loaded"] < start["seconds"]["drawn"]
 
 
 def test_breadths_are_one_for_each_size_that_rows_are_rounded_up_to():

@@ -40,6 +40,7 @@ class Parameters(Strict):
     sampler: str | None = None
     schedule: str | None = None
     clip_skip: int | None = None
+    deep_cache: int | None = None
     hires: Hires | None = None
     adapters: tuple[AdapterUse, ...] | None = None
 

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "sampler": "ddim",
     "schedule": "default",
     "clip_skip": 1,
+    "deep_cache": 3,
     "image": WHITE,
     "denoise_strength": 0.5,
     "guidance_input": True,

@@ -39,7 +39,7 @@ def test_every_field_arrives():
     given = {
         "model": "sdxl", "negative_prompt": "blue", "width": 256, "height": 192, "steps": 9, "guidance_scale": 3.5,
         "guidance_rescale": 0.5, "seed": 4, "samples": 2, "sampler": "DPM++ 2M Karras", "schedule": "beta",
-        "clip_skip": 1, "priority": "batch", "deadline_s": 8.0, "denoise_strength": 0.25,
+        "clip_skip": 1, "deep_cache": 3, "priority": "batch", "deadline_s": 8.0, "denoise_strength": 0.25,
     }  # fmt: skip
     wire = given | {"output_format": "jpg", "image": base64.b64encode(PNG).decode(), "stream": True, "preview_every": 3}
     expected = given | {"output_format": "jpeg", "image": Picture.from_bytes(PNG), "preview_every": 3}

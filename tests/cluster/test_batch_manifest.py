@@ -118,6 +118,7 @@ def test_a_field_that_an_older_version_did_not_know_makes_no_other_job(place: Pl
 
 def test_every_setting_of_a_model_is_one_that_pictures_depend_on_or_is_not():
     of_the_machine = {"device", "offload", "threads", "max_rows", "lora_cache_mib", "graphs", "compiled"}
+    of_the_machine |= {"sizes", "measured"}
     of_the_server = {"max_waiting", "max_wait_s", "routing", "hold_s"}
     assert set(ModelSettings.model_fields) == _OF_PICTURES | of_the_machine | of_the_server
 

@@ -64,7 +64,7 @@ def test_every_field_comes_back():
     given = {
         "negative_prompt": "dog", "width": 192, "height": 256, "steps": 7, "guidance_scale": 3.25,
         "guidance_rescale": 0.7, "seed": 2**53 - 1, "sampler": "unipc", "schedule": "beta", "clip_skip": 2,
-        "output_format": "webp",
+        "deep_cache": 3, "output_format": "webp",
     }  # fmt: skip
     found = read(picture(effective(**given), "webp"))
     assert found.parameters == {"model": "sd15", "prompt": "a cat"} | given
@@ -81,7 +81,8 @@ def test_how_it_was_ordered_is_not_told():
 def test_what_is_there_by_default_need_not_be_said():
     parameters = read(picture(effective())).parameters
     assert set(parameters) == {
-        "model", "prompt", "width", "height", "steps", "guidance_scale", "seed", "sampler", "schedule"
+        "model", "prompt", "width", "height", "steps", "guidance_scale", "seed", "sampler", "schedule",
+        "deep_cache",
     }  # fmt: skip
     assert orjson.loads(write(effective(), REVISION, "full")["heliograph"])["parameters"]["clip_skip"] == 0
 

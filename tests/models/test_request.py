@@ -89,6 +89,8 @@ def test_a_sampler_named_alone_does_not_take_over_the_models_schedule():
         ({"samples": 0}, "samples"),
         ({"samples": 17}, "samples"),
         ({"clip_skip": 9}, "clip_skip"),
+        ({"deep_cache": 0}, "deep_cache"),
+        ({"deep_cache": 11}, "deep_cache"),
         ({"deadline_s": 0.0}, "deadline_s"),
         ({"denoise_strength": 0.5}, "denoise_strength"),
         ({"output_format": "gif"}, "output_format"),

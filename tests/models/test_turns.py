@@ -43,6 +43,10 @@ class Picture:
         return self.rows * self.shape[1] * self.shape[2]
 
     @property
+    def shallow(self) -> bool:
+        return False
+
+    @property
     def urgency(self) -> tuple[bool, float]:
         return self.batch, self.at
 

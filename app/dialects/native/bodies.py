@@ -138,6 +138,7 @@ class DrawBody(Delivered):
     sampler: str | None = Field(None, description=f"One of {', '.join(SAMPLERS)}, or a name people use elsewhere")
     schedule: str | None = Field(None, description="The sampler's spacing of noise levels")
     clip_skip: int | None = within(limits.CLIP_SKIP, "Layers of the text encoder left out from the end")
+    deep_cache: int | None = within(limits.DEEP_CACHE, "The whole network runs in every n-th step; 1 is in all of them")
     image: Encoded | None = Field(
         None, description="PNG, JPEG, WebP or AVIF to start from: base64, a data URI or an http(s) address"
     )

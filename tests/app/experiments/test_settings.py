@@ -31,7 +31,7 @@ def test_every_parameter_of_an_arm_can_be_said():
     said: dict[str, Any] = {
         "model": "sdxl", "negative_prompt": "blue", "prompt_syntax": "plain", "width": 64, "height": 64, "steps": 9,
         "guidance_scale": 3.5, "guidance_rescale": 0.5, "sampler": "DPM++ 2M", "schedule": "karras", "clip_skip": 1,
-        "hires": {"scale": 1.5}, "adapters": [{"name": "crescent", "weight": 0.5}],
+        "deep_cache": 3, "hires": {"scale": 1.5}, "adapters": [{"name": "crescent", "weight": 0.5}],
     }  # fmt: skip
     experiment = catalogue(a={"arms": {"control": {}, "b": said}}).experiments["a"]
     request = experiment.applied(GenerationRequest(model="sd15", prompt="x", seed=7), "b")

@@ -1,7 +1,7 @@
 """A request as a job's row keeps it, and back: nothing is lost on the way."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ from app.jobs import canonical, inputs, outputs
 from app.keys.budgets import pixel_steps
 from app.stores.folder import Folder
 from app.stores.links import Links
+from models.card import ModelCard
 from models.errors import InvalidRequest
 from models.events import Finished, Timings
 from models.images import Picture, encode
 from models.parts import AdapterUse, ArmUse, ControlUse, Hires, Outpaint, Upscale
 from models.prompt import PromptReport
-from models.request import EffectiveRequest
+from models.request import EffectiveRequest, GenerationRequest
 
 
 def noise(seed: int) -> Picture:
@@ -41,6 +42,7 @@ EVERYTHING = EffectiveRequest(
     sampler="euler",
     schedule="karras",
     clip_skip=1,
+    deep_cache=3,
     image=noise(1),
     denoise_strength=0.125,
     guidance_input=True,
@@ -86,6 +88,16 @@ async def test_every_field_of_a_request_comes_back(pictures: Folder):
     hollow = canonical.from_json(values)
     assert hollow.image == Picture(width=24, height=16, data=b"")
     assert pixel_steps(hollow) == pixel_steps(EVERYTHING)
+
+
+def test_what_a_version_before_did_is_written_as_it_wrote_it():
+    """So that runners of both understand each other while one takes the other's place, and the cache finds it."""
+    before = {"model", "prompt", "width", "height", "steps", "guidance_scale", "seed", "sampler", "schedule"}
+    card = ModelCard(name="sd15", family="sd", width=64, height=64, max_pixels=64**2)
+    usual = GenerationRequest(model="sd15", prompt="x").resolve(card)
+    assert set(canonical.to_json(usual, {})) == before | {"denoise_strength"}
+    assert canonical.from_json(canonical.to_json(usual, {})) == usual
+    assert canonical.to_json(replace(usual, deep_cache=2), {})["deep_cache"] == 2
 
 
 async def test_a_picture_that_stands_twice_is_stored_once(pictures: Folder):
