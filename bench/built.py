@@ -184,13 +184,16 @@ class Built:
         placement: Placement | None = None,
         adapters: Path | None = None,
         remembering: bool = True,
+        deep_cache: int = 1,
     ) -> Engine:
-        """Ready to be measured with what is saturated; its cap is measured unless it is given."""
+        """Ready to be measured with what is saturated and says this `deep_cache`; its cap is measured unless it is
+        given."""
         self.free()
         made = assembled.engine(
             self.network, self.components, placement or self.placement, self.side, cap, adapters, remembering
         )
-        requests = [self.request_of(RequestClass(side, STEPS), 0) for side in self.sides]
+        kinds = [RequestClass(side, STEPS) for side in self.sides]
+        requests = [replace(self.request_of(kind, 0), deep_cache=deep_cache) for kind in kinds]
         settle(made, requests, self.options.pictures)
         return made
 

@@ -46,7 +46,7 @@ RUNGS = (
     Rung(name="graphs", predicted=ALONE, sets={"graphs": True}),
     Rung(name="compiled", predicted=FUSED, sets={"compiled": True}),
     Rung(name="FP8, not compiled", predicted={"sdxl": "up to 1.3 of graphs"}, sets={"compiled": False, "fp8": True}),
-    Rung(name="DeepCache, every third step whole", predicted=CACHED, sets={"deep_cache": 3}),
+    Rung(name="DeepCache 3, not compiled", predicted=CACHED, sets={"compiled": False, "deep_cache": 3}),
 )
 
 
@@ -102,7 +102,7 @@ async def _measure(
         raise InvalidRequest("compiled", "no folder was given for what is compiled")
     placement = built.placed(compiled=folder if compiled else None, **how)
     name = built.network.name
-    make = partial(built.engine, cap, placement=placement, remembering=remembering)
+    make = partial(built.engine, cap, placement=placement, remembering=remembering, deep_cache=deep_cache)
     async with InProcess(make, "E", one.name) as engine:
         if compiled and not engine.compiled_kinds:
             raise RuntimeError("none of its forwards could be compiled")

@@ -37,6 +37,7 @@ def _draw_all(engine: Engine, requests: Sequence[GenerationRequest], most: int, 
         rows = engine.batcher.cap((4, request.height // 8, request.width // 8))
         for pictures in breadths(min(most, max(1, rows // ROWS))):
             steps = forwards + (pictures - 1) // JOINING  # they join a few at a time
+            steps *= request.deep_cache or 1  # of which one in so many is of the whole network
             engine.generate([replace(request, seed=seed, steps=max(2, steps)) for seed in range(pictures)])
 
 

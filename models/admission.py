@@ -23,7 +23,7 @@ class Part(Protocol):
     @property
     def work(self) -> float: ...
     @property
-    def broadest(self) -> float: ...
+    def breadth(self) -> float: ...
     @property
     def begun(self) -> bool: ...
 
@@ -33,8 +33,7 @@ class Claim:
     """What a request takes up at an engine that has it, or is asked to take it on.
 
     Whose it is, whether it is batch work, when it is due by time.monotonic(), its work still to come, the breadth of
-    its forwards where the whole network runs, its pictures that have not begun. `deadline_s` counts from its
-    submission, None where it has none.
+    its forwards, its pictures that have not begun. `deadline_s` counts from its submission, None where it has none.
     """
 
     key: str
@@ -63,7 +62,7 @@ class Claim:
         return replace(
             self,
             work=sum(part.work for part in parts),
-            breadth=sum(part.broadest for part in parts),
+            breadth=sum(part.breadth for part in parts),
             waiting=sum(not part.begun for part in parts),
         )
 

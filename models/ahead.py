@@ -17,23 +17,24 @@ Tell = Callable[[float, float], None]
 
 
 class Ahead:
-    """`tell` hears of each step how broad it was and how many seconds it took, as soon as that is known."""
+    """`tell` hears of steps how broad they were and how many seconds they took, as soon as that is known."""
 
     def __init__(self, device: torch.device, tell: Tell):
         self._device = device
         self._tell = tell
-        self._queued: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._queued: deque[tuple[float | None, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
-    def step(self, breadth: float) -> Iterator[None]:
+    def step(self, breadth: float | None) -> Iterator[None]:
         """While it lasts a step is queued; then it waits until no more than STEPS are unfinished, this one among them.
+        Of a step without a breadth nothing is told.
 
         On a device that is no CUDA GPU a step is finished when it has been made.
         """
         if self._device.type != "cuda":
             started = time.perf_counter()
             yield
-            self._tell(breadth, time.perf_counter() - started)
+            self._heard(breadth, time.perf_counter() - started)
             return
         began = self._event()
         yield
@@ -41,7 +42,11 @@ class Ahead:
         while len(self._queued) > STEPS:
             breadth, began, ended = self._queued.popleft()
             ended.synchronize()
-            self._tell(breadth, began.elapsed_time(ended) / 1000)
+            self._heard(breadth, began.elapsed_time(ended) / 1000)
+
+    def _heard(self, breadth: float | None, seconds: float) -> None:
+        if breadth is not None:
+            self._tell(breadth, seconds)
 
     def _event(self) -> torch.cuda.Event:
         """Passed when the GPU gets there, which may be later than now."""

@@ -74,7 +74,7 @@ class Batch:
             residuals=None,
             loras=loras,
             deep=self.deep,
-            taken=self.deep is None and any(s.request.deep_cache > 1 for s in self.sequences),
+            taken=self.deep is None and any(s.leaves_deep for s in self.sequences),
         )
 
     def advance(self, outputs: Outputs, residuals: Residuals | None) -> None:
@@ -89,7 +89,7 @@ class Batch:
             sequence.history, sequence.estimate = history, estimate
             sequence.position += 1
             sequence.deep = part if sequence.shallow else None
-        self.deep = deep if self.sequences[0].shallow else None
+        self.deep = deep if all(sequence.shallow for sequence in self.sequences) else None
 
 
 def _told(sequences: list[Sequence]) -> list[Conditioning]:
@@ -98,8 +98,11 @@ def _told(sequences: list[Sequence]) -> list[Conditioning]:
 
 def _deep(sequences: list[Sequence]) -> Deep | None:
     """What their shallow steps go on from; None where the whole network is to run."""
-    parts = [s.deep for s in sequences if s.shallow and s.deep is not None]
-    return Deep.joined(parts) if parts else None
+    if not sequences[0].shallow:
+        return None
+    parts = [s.deep for s in sequences if s.deep is not None]
+    assert len(parts) == len(sequences), "the step before was one of the whole network, or shallow too"
+    return Deep.joined(parts)
 
 
 def _kept(sequences: list[Sequence], device: torch.device) -> Kept | None:

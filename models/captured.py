@@ -5,6 +5,7 @@ been copied there since. Forwards are of one kind when they have the same tensor
 """
 
 import logging
+import weakref
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -20,7 +21,7 @@ from models.forward import Inputs, Outputs, leaves, planted
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows; a forward of more is not captured
 WORTH = 3  # forwards of one kind before it is captured, which takes as long as several of them
 LASTING = 30  # and before it is compiled: not in the warm-up, whose measurements that would disturb
-KINDS = 64  # that are remembered; the least recently used one is given up
+KINDS = 128  # that are remembered; the least recently used one is given up
 BYTES = 2**30  # that the places of all kinds take together; a kind that takes more alone is not captured
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class _Place:
 
     size: int
     tensors: Mapping[str, torch.Tensor]
-    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    held: dict[str, tuple[weakref.ref[torch.Tensor], int]] = field(default_factory=dict)
 
     @classmethod
     def like(cls, tensors: Mapping[str, torch.Tensor], size: int) -> "_Place":
@@ -95,14 +96,14 @@ class _Place:
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies what has changed: what stays the same from step to step is the same object."""
         for name, tensor in tensors.items():
-            before = self.held.get(name)
-            if tensor is before:
+            before, rows = self.held.get(name, (None, 0))
+            if before is not None and before() is tensor:
                 continue
             place = self.tensors[name]
             place[: len(tensor)].copy_(tensor, non_blocking=True)
-            if before is not None and len(before) > len(tensor):
-                place[len(tensor) : len(before)].zero_()
-            self.held[name] = tensor
+            if rows > len(tensor):
+                place[len(tensor) : rows].zero_()
+            self.held[name] = weakref.ref(tensor), len(tensor)  # it is not kept alive for being compared
 
 
 @dataclass(kw_only=True)
@@ -147,7 +148,7 @@ class Captured:
         if kind is None:
             return self._plain(inputs)
         kind.asked += 1
-        plain = inputs.loras is None and not inputs.taken
+        plain = inputs.loras is None and inputs.deep is None and not inputs.taken
         if kind.asked >= LASTING and not kind.sought and plain and len(inputs.owners) <= MOST_ROWS:
             kind.sought = True
             kind.package = None if self._compiled is None else self._compiled.package(partial(self._plain, bare))

@@ -23,7 +23,7 @@ class Denoiser:
     """Steps batches of one latent shape through one family's network."""
 
     def __init__(self, family: Family, loras: Loras, on_step: Tell = lambda breadth, seconds: None):
-        """`on_step` hears of each step how broad it was and how many seconds it took."""
+        """`on_step` hears of each step of the whole network how broad it was and how many seconds it took."""
         self._family = family
         self._loras = loras
         self._share = RowThreads(family.device, torch.get_num_threads())
@@ -65,7 +65,8 @@ class Denoiser:
             raise
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
-        with self._ahead.step(sum(sequence.breadth for sequence in sequences)):
+        shallow = sequences[0].shallow
+        with self._ahead.step(None if shallow else sum(sequence.breadth for sequence in sequences)):
             if self._batch is None or not self._batch.holds(sequences):
                 self._batch = None  # before another one takes memory
                 self._batch = Batch.of(sequences, self._to_device)
@@ -73,7 +74,7 @@ class Denoiser:
             inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
             positions = [sequence.position for sequence in sequences]
             residuals = None
-            if batch.deep is None:  # what they add deep inside is in there
+            if not shallow:  # what they add deep inside is kept with it
                 residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
             outputs = (self.captured or self._plain)(replace(inputs, residuals=residuals))
         batch.advance(outputs, residuals)

@@ -18,7 +18,7 @@ from models.request import EffectiveRequest, GenerationRequest
 _PICTURES = ("image", "mask")
 _PARTS: dict[str, type[Any]] = {"outpaint": Outpaint, "hires": Hires, "upscale": Upscale}
 _OPEN = {field.name: field.default for field in fields(GenerationRequest)}  # an effective request's are placeholders
-_LATER = {"deep_cache": EffectiveRequest.deep_cache}  # came later: a request without it is one of before
+LATER: Mapping[str, Any] = {"deep_cache": EffectiveRequest.deep_cache}  # what a request of before would have said
 
 
 def write(value: Any, name: Callable[[Picture], Any], *, whole: bool = False) -> Any:
@@ -32,7 +32,7 @@ def write(value: Any, name: Callable[[Picture], Any], *, whole: bool = False) ->
     if is_dataclass(value):
         defaults = {field.name: field.default for field in fields(value)}
         if isinstance(value, GenerationRequest):
-            defaults |= _OPEN | (_LATER if isinstance(value, EffectiveRequest) else {})
+            defaults |= _OPEN | (dict(LATER) if isinstance(value, EffectiveRequest) else {})
         values = {field: getattr(value, field) for field in defaults}
         return {field: written(given) for field, given in values.items() if whole or given != defaults[field]}
     if isinstance(value, tuple | list):

@@ -90,7 +90,7 @@ class Engine:
         self._forwards = 0
         self._faults = 0
         self._turned = time.monotonic()
-        self._stepped: list[tuple[Sequence, int, float]] = []  # in this turn, the rows of the forward, its own breadth
+        self._stepped: list[tuple[Sequence, int]] = []  # in this turn, and the rows that shared the forward
 
     @property
     def captured(self) -> Captured | None:
@@ -218,18 +218,20 @@ class Engine:
         self._stepped = []
         with self._lock:
             batch = self.batcher.next(self._live)
+        shallow = any(sequence.shallow for sequence in batch)
         newcomers = [sequence for sequence in batch if not sequence.begun]
         self._attempt(self._preparation.join, newcomers)
         joined = [sequence for sequence in batch if sequence.begun]
         self._attempt(self._denoise, [sequence for sequence in joined if sequence.denoising])
-        for sequence, rows, _ in self._stepped:  # each alone: who fails here has taken the step all the same
+        for sequence, rows in self._stepped:  # each alone: who fails here has taken the step all the same
             self._attempt(partial(self._tell_progress, rows), [sequence])
+        breadth = sum(sequence.breadth for sequence, _ in self._stepped)
         self._hand_over(sequence for sequence in joined if not sequence.denoising)
         decoding = self._delivery.take(self._live)
         self._attempt(self._delivery.decode, decoding)
         self._turned = time.monotonic()
         beside = sum(s.stages[0].begin for s in newcomers) + sum(s.work for s in decoding)
-        self.pace.note(sum(breadth for *_, breadth in self._stepped), beside, self._turned - started)
+        self.pace.note(breadth, beside, self._turned - started, shallow)
         return bool(batch or decoding)
 
     def _run(self) -> None:
@@ -283,12 +285,11 @@ class Engine:
             self.batcher.set_cap(half[0].shape, sum(sequence.rows for sequence in half))
 
     def _denoise(self, batch: list[Sequence]) -> None:
-        rows = sum(sequence.rows for sequence in batch)
-        stepped = [(sequence, rows, sequence.breadth) for sequence in batch]  # the next step's may be another
         self._denoiser.step(batch)
-        self._stepped += stepped
         self._forwards += 1
         self._faults = 0
+        rows = sum(sequence.rows for sequence in batch)
+        self._stepped += [(sequence, rows) for sequence in batch]
 
     def _hand_over(self, sequences: Iterable[Sequence]) -> None:
         """At a phase's end: on to the next one, or to the decoder."""
@@ -355,16 +356,16 @@ class Engine:
     def warm_up(self, cap: int | None = None, sizes: Iterable[tuple[int, int]] = (), kept: Path | None = None) -> None:
         """Draws a picture, measures the pace at the native size, and from it the cap in rows, unless told that; caps of
         other `sizes`, (width, height), too. What is measured is `kept` in a folder. Call it before stepping."""
+        native, *others = plainest(self.card, sizes)
         request = warm_up_request(self.card, steps=2)
         self.generate([request])
         [sequence] = self._preparation.sequences(request.resolve(self.card), "", time.monotonic())
         measure = partial(measured, self._preparation, self._denoiser, Measurements(self.family, cap, kept))
-        shape, seconds = measure(plainest(self.card))
+        shape, seconds = measure(native)
         cap, row = cap or knee(seconds), sequence.breadth / sequence.rows
         self.batcher.set_cap(shape, cap)
         self.pace.learn({rows * row: s for rows, s in seconds.items()}, usual=sequence.breadth, full=cap * row)
-        for width, height in sizes:
-            shape, seconds = measure(plainest(self.card, width=width, height=height))
+        for shape, seconds in map(measure, others):
             self.batcher.set_cap(shape, knee(seconds))
 
 

@@ -64,6 +64,7 @@ Predict = Callable[[Inputs], tuple[torch.Tensor, ...]]
 
 
 def forward(inputs: Inputs, predict: Predict) -> Outputs:
+    """One step of every image."""
     history, lines = inputs.history, inputs.lines
     answers, *taken = predict(inputs)
     m = inputs.guidance.combine(answers)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.family import Family
 from models.likeness import likeness, name_of
 from models.turns import Shape
@@ -22,14 +24,15 @@ _log = logging.getLogger(__name__)
 class Measurements:
     """Seconds of forwards by their latents' shape and rows, up to `most` rows, of models of one architecture.
 
-    Where there is no `folder` nothing is kept. What is kept holds until the processor, the precision, what makes
-    forwards fast, the number of threads or the libraries change; whoever wants it measured anew removes it.
+    Where there is no `folder` nothing is kept. What is kept holds until the processor, its memory, the precision,
+    what makes forwards fast, the number of threads or the libraries change; who wants it measured anew removes it.
     """
 
     def __init__(self, family: Family, most: int | None, folder: Path | None):
         placement = family.placement
-        faster = {"fp8": placement.fp8, "graphs": placement.graphs, "compiled": placement.compiled is not None}
-        told = likeness(family.networks["unet"]) | faster | {"most": most}
+        how = {"fp8": placement.fp8, "graphs": placement.graphs, "compiled": placement.compiled is not None}
+        room = {"offload": placement.offload, "memory": _memory(placement.device), "most": most}
+        told = likeness(family.networks["unet"]) | how | room
         self._most = most
         self._file = None if folder is None else folder / f"forwards-{name_of(told, RECIPE)}.json"
         self._known = self._read()
@@ -61,6 +64,11 @@ class Measurements:
             draft.replace(self._file)
         except OSError as fault:
             _log.warning("what was measured is not kept in %s: %s", self._file, fault)
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has: where they end, a measurement does. None of other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _seconds(told: dict[str, Any]) -> Seconds:

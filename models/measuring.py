@@ -1,13 +1,15 @@
 """Measuring what a forward costs by its rows, when an engine warms up."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from models.card import ModelCard
 from models.denoiser import Denoiser
+from models.errors import InvalidRequest
 from models.measurements import Measurements, Seconds
 from models.preparation import Preparation
 from models.request import EffectiveRequest, warm_up_request
@@ -28,7 +30,10 @@ def knee(seconds: Mapping[int, float], worth: float = 0.1) -> int:
 
 
 def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) -> Seconds:
-    """Seconds of one forward by number of rows, up to `most`, or to where more no longer pay or memory ends."""
+    """Seconds of one forward by number of rows, up to `most`, or to where more no longer pay or memory ends.
+
+    Raises OutOfMemoryError where that is before the first row.
+    """
     seconds: Seconds = {}
     for rows in _ROW_COUNTS:
         if most and rows > most:
@@ -37,6 +42,8 @@ def seconds_by_rows(forward_s: Callable[[int], float], most: int | None = None) 
             seconds[rows] = forward_s(rows)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+            if not seconds:
+                raise
             break
         if not most and rows >= _ALWAYS_TRIED and rows > knee(seconds):
             break
@@ -52,9 +59,19 @@ def measured(
     return sequence.shape, measurements.of(sequence.shape, partial(seconds_by_rows, measure))
 
 
-def plainest(card: ModelCard, **size: int) -> EffectiveRequest:
-    """An unguided picture of this size, the native one unless said, of which every step is one of the whole network."""
-    return warm_up_request(card, guidance_scale=1.0, steps=_TRIES, deep_cache=1, **size).resolve(card)
+def plainest(card: ModelCard, sizes: Iterable[tuple[int, int]]) -> list[EffectiveRequest]:
+    """An unguided picture of the native size and one of each of these, all of whose steps are of the whole network.
+
+    Raises InvalidRequest for a size that the model does not draw.
+    """
+    plain = warm_up_request(card, guidance_scale=1.0, steps=_TRIES, deep_cache=1)
+    requests = [plain.resolve(card)]
+    for number, (width, height) in enumerate(sizes):
+        try:
+            requests.append(replace(plain, width=width, height=height).resolve(card))
+        except InvalidRequest as refused:
+            raise InvalidRequest(f"sizes.{number}", str(refused)) from refused
+    return requests
 
 
 def forward_s(preparation: Preparation, denoiser: Denoiser, plain: EffectiveRequest, rows: int) -> float:

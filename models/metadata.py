@@ -12,6 +12,7 @@ from typing import Any, Literal
 import orjson
 
 from models import infotext
+from models.document import LATER
 from models.document import write as plain
 from models.images import Picture, inspect
 from models.request import EffectiveRequest, GenerationRequest
@@ -111,7 +112,8 @@ def _restored(stored: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     """What differs from a request that says nothing; pictures are named in the warnings, since only a hash is here."""
     known = {field.name: field for field in fields(GenerationRequest)}
     parameters: dict[str, Any] = {}
-    for name, value in stored.items():
+    complete = "prompt" in stored
+    for name, value in ({**LATER, **stored} if complete else stored).items():
         if name not in known:
             warnings.append(f"`{name}` is left out: there is no such field here")
         elif value is not None and value != plain(known[name].default, named):
@@ -119,7 +121,7 @@ def _restored(stored: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
             warnings += [f"`{place}` has to be sent again: {size}" for place, size in missing]
             if not _is_picture(value):
                 parameters[name] = _without_pictures(value)
-    if "prompt" not in stored:
+    if not complete:
         warnings.append("the metadata is minimal: it does not say the prompt")
     return parameters
 

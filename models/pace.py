@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from models.work import SHALLOW
+
 _KEPT = 0.95  # of what earlier turns told: the last twenty or so count
 _SEED_TURNS = 10  # for so many turns the first measurement counts
 _STRIDE = 0.05  # the part by which a forward moves what is known of those as broad as it
@@ -33,8 +35,11 @@ class Pace:
         self._level()
         self._took = self._expected = _SEED_TURNS * self.forward_s(usual)
 
-    def forward_s(self, breadth: float) -> float:
-        """Seconds of a forward as last known; before `learn`, a number that grows with it, good for comparisons."""
+    def forward_s(self, breadth: float, shallow: bool = False) -> float:
+        """Seconds of a forward as last known; before `learn`, a number that grows with it, good for comparisons. A
+        shallow one (models.deep_cache) takes a part of what as broad a one of the whole network does."""
+        if shallow:
+            return SHALLOW * self.forward_s(breadth)
         if not len(self._breadths):
             return breadth
         if breadth >= self._breadths[-1]:
@@ -46,17 +51,17 @@ class Pace:
         """Seconds of a forward of one plain picture."""
         return self.forward_s(self._usual)
 
-    def note(self, breadth: float, beside: float, took_s: float) -> None:
+    def note(self, breadth: float, beside: float, took_s: float, shallow: bool = False) -> None:
         """A turn with a forward of that breadth, 0 for none, and so much work beside it, has taken so long."""
         if breadth + beside <= 0:
             return
         like = breadth or self._usual
-        expected = self.forward_s(like) / like * (breadth + beside)
+        expected = self.forward_s(like) / like * ((SHALLOW if shallow else 1.0) * breadth + beside)
         self._took = _KEPT * self._took + took_s
         self._expected = _KEPT * self._expected + expected
 
     def follow(self, breadth: float, took_s: float) -> None:
-        """A forward of that breadth has taken so long.
+        """A forward of the whole network, of that breadth, has taken so long.
 
         Moves the curve beside it, by a fixed part: it is the median of the forwards that counts, so a single slow one,
         as when a sampler is first used, is as good as nothing.

@@ -70,7 +70,7 @@ class Preparation:
         for sequence, told in zip(sequences, encoded, strict=True):
             if not sequence.begun:
                 sequence.conditioning, sequence.reports = told.rows, told.reports
-                sequence.warnings = [*told.warnings, *_unheard(sequence)]
+                sequence.warnings = [*told.warnings, *_unheard(sequence), *_unseen(sequence)]
                 self._begin(sequence)
                 sequence.joined, sequence.encoded = started, time.monotonic()
 
@@ -223,6 +223,21 @@ def _unheard(sequence: Sequence) -> list[str]:
     if sequence.request.guidance_input:
         return ["negative_prompt plays no part: this model's network takes the guidance scale, and no second prompt"]
     return [f"negative_prompt plays no part at guidance_scale {sequence.request.guidance_scale:g}, only above 1"]
+
+
+def _unseen(sequence: Sequence) -> list[str]:
+    """What is said of ControlNets that act between two steps of the whole network alone: they run in those."""
+    every = sequence.request.deep_cache
+    numbers = range(len(sequence.request.controls))
+    idle = [n for n in numbers if _acts(sequence, n, 1) and not _acts(sequence, n, every)]
+    why = f"with deep_cache {every} no step of the whole network lies between its start and its end"
+    return [f"controls.{n} plays no part: {why}" for n in idle]
+
+
+def _acts(sequence: Sequence, number: int, every: int) -> bool:
+    """Whether a ControlNet does in any of every so many evaluations."""
+    lengths = [(phase.controls[number], len(phase.tape)) for phase in sequence.phases]
+    return any(control.acts(at, length) for control, length in lengths for at in range(0, length, every))
 
 
 def _first_noise(sequence: Sequence) -> torch.Tensor:

@@ -144,16 +144,17 @@ class Sequence:
     @property
     def shallow(self) -> bool:
         """Whether its next step is one of the network's outermost layer alone (models.deep_cache)."""
-        return self.stages[self.phase].shallow(self.position)
+        return self.denoising and self.stages[self.phase].shallow(self.position)
+
+    @property
+    def leaves_deep(self) -> bool:
+        """Whether the step after the next one is such a step, which goes on from what the next one leaves."""
+        after = self.position + 1
+        return after < len(self.tape) and self.stages[self.phase].shallow(after)
 
     @property
     def breadth(self) -> float:
-        """What its next forward costs, in row positions."""
-        return self.stages[self.phase].cost(self.position)
-
-    @property
-    def broadest(self) -> float:
-        """What a forward of the whole network costs."""
+        """What a forward of the whole network costs, in row positions."""
         return self.stages[self.phase].each
 
     @property

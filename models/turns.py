@@ -46,8 +46,8 @@ SHORT = 2.5  # plain forwards: shorter than that none has to be, since narrow on
 
 class Candidate(Protocol):
     """The latents' shape, whether its next step is shallow (models.deep_cache), the rows it would take and the row
-    positions these cost (models.work), its urgency (smaller is first), whose it is, and whether it has been in a
-    forward before."""
+    positions these cost in a step that is not (models.work), its urgency (smaller is first), whose it is, and whether
+    it has been in a forward before."""
 
     @property
     def shape(self) -> Shape: ...
@@ -100,7 +100,9 @@ class Turns:
     def next(self, candidates: Iterable[C], cap: Callable[[Shape], int]) -> list[C]:
         """The next batch, of which the first one leads, under a cap in rows; who is in it is charged for it."""
         queues: dict[Flow, list[C]] = {}
-        for candidate in sorted(candidates, key=lambda candidate: candidate.urgency):
+        # Who skips goes first: for a few short forwards, and then the others are in step with it again. The other way
+        # round it would wait for each step of somebody who skips none.
+        for candidate in sorted(candidates, key=lambda candidate: (not candidate.shallow, candidate.urgency)):
             queues.setdefault(flow_of(candidate), []).append(candidate)
         self._meet(queues)
         if not queues:
@@ -168,7 +170,7 @@ class Turns:
         alike = [deque(candidate for candidate in queues[flow] if batch.is_alike(candidate)) for flow in order]
         turns = [(*self._turn(flow), n) for n, flow in enumerate(order) if alike[n]]
         heapify(turns)
-        price = self._pace.forward_s(batch.leader.breadth) / batch.leader.breadth
+        price = batch.forward_s(batch.leader.breadth) / batch.leader.breadth
         while turns and batch.room:
             priority, had, n = turns[0]
             candidate = alike[n].popleft()
@@ -186,7 +188,7 @@ class Turns:
         """Who got a place for all it has, has no more than CREDIT left: else a key that was content with little for
         long would shut the others out when it wants much."""
         breadth = sum(candidate.breadth for candidate in members)
-        took_s = self._pace.forward_s(breadth)
+        took_s = self._pace.forward_s(breadth, members[0].shallow)
         price = took_s / breadth
         self._clock += took_s
         for flow in queues:
@@ -230,11 +232,15 @@ class _Batch(Generic[C]):
         longest_s = self._longest_s
         if flow != self.flow:
             slower, own = (self._slower, self._own) if flow[0] == self.flow[0] else (FREE, self._peers)
-            longest_s = min(longest_s, slower * self._pace.forward_s(own))
-        return longest_s == math.inf or self._pace.forward_s(self._breadth + candidate.breadth) <= longest_s
+            longest_s = min(longest_s, slower * self.forward_s(own))
+        return longest_s == math.inf or self.forward_s(self._breadth + candidate.breadth) <= longest_s
+
+    def forward_s(self, breadth: float) -> float:
+        """Seconds of a forward of the leader's kind."""
+        return self._pace.forward_s(breadth, self.leader.shallow)
 
     def is_alike(self, candidate: C) -> bool:
-        """Whether one forward can be of it and the leader: who rides along once goes on in step with the leader."""
+        """Whether one forward can be of it and the leader."""
         return (candidate.shape, candidate.shallow) == (self.leader.shape, self.leader.shallow)
 
     def is_late(self, candidate: C) -> bool:

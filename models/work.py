@@ -80,10 +80,6 @@ class Stage:
         """Whether the forward at this position is one of the outermost layer alone."""
         return position % self.deep_cache > 0
 
-    def cost(self, position: int) -> float:
-        """Of the forward at this position."""
-        return self.each * (SHALLOW if self.shallow(position) else 1.0)
-
     def costs(self, first: int, last: int) -> float:
         """Of the forwards from one position to before another, 0 where that is not behind it."""
         whole = -(-last // self.deep_cache) - -(-first // self.deep_cache)

@@ -33,7 +33,14 @@ def neighbours(subject: Subject) -> list[GenerationRequest]:
     """As unlike the request as the model allows."""
     samplers = ("dpmpp_2m", "ddim", "euler_ancestral", "unipc", "heun", "lms", "ddpm")
     return [
-        subject.request(seed, sampler=name, steps=5 + 3 * seed, guidance_scale=(1.0, 4.0)[seed % 2], prompt=f"a {name}")
+        subject.request(
+            seed,
+            prompt=f"a {name}",
+            sampler=name,
+            steps=5 + 3 * seed,
+            guidance_scale=(1.0, 4.0)[seed % 2],
+            deep_cache=1 + seed % 3,
+        )
         for seed, name in enumerate(samplers)
     ]
 
@@ -71,9 +78,10 @@ def test_final_latents_of_fp8_lie_near_those_of_diffusers_in_float32_too(gpu: st
     assert nearest(reference, among) <= FP8_DRIFT
 
 
-def test_a_picture_hardly_shows_its_neighbours(subject: Subject):
+@pytest.mark.parametrize("deep_cache", [1, 3])
+def test_a_picture_hardly_shows_its_neighbours(subject: Subject, deep_cache: int):
     subject.settle()
-    engine, request = subject.engine(), subject.request()
+    engine, request = subject.engine(), subject.request(deep_cache=deep_cache)
     [[alone]] = engine.generate([request])
     *_, [among] = engine.generate([*neighbours(subject), request])
     [[other]] = engine.generate([subject.request(seed=8)])
@@ -115,7 +123,7 @@ def test_no_step_waits_for_the_gpu(gpu: str, subject: Subject):
     subject.settle()
     engine = subject.engine()
     heard: list[Event] = []
-    engine.submit(subject.request(steps=6), heard.append, progress=False)
+    engine.submit(subject.request(steps=6, deep_cache=2), heard.append, progress=False)
     engine.step()  # its prompt is encoded
     try:
         torch.cuda.set_sync_debug_mode("error")

@@ -15,6 +15,7 @@ class Candidate:
     urgency: tuple[bool, float]
     key: str = ""
     begun: bool = True
+    shallow: bool = False
 
     @property
     def breadth(self) -> float:

@@ -198,7 +198,7 @@ def inputs_of(rows: int) -> Inputs:
 
 
 def zeros(inputs: Inputs) -> Outputs:
-    return torch.zeros_like(inputs.history), torch.zeros_like(inputs.history[:, 0])
+    return Outputs(torch.zeros_like(inputs.history), torch.zeros_like(inputs.history[:, 0]))
 
 
 def test_forwards_that_are_too_large_are_made_as_they_are(monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from models.engine import Engine
 from models.errors import InvalidRequest
 from models.events import Event, Finished, Progress
 from models.family import Conditioning, Residuals, run_unet
+from models.forward import Inputs, Outputs
 from models.images import Picture
 from models.parts import AdapterUse, ControlUse, Hires
 from models.registered import Adapters
@@ -181,9 +182,18 @@ def test_captured_steps_draw_what_plain_ones_draw(alone: dict[str, np.ndarray]):
             found = pictures(engine, *mixture().values())
     finally:
         torch.set_num_threads(before)
-    assert made.rows > 100  # were replayed
+    assert not any(kind.refused for kind in made._kinds.values())
+    for marks in ({"taken": True}, {"taken": False, "deep": True}, {"taken": False, "deep": False}):
+        replayed = [kind for key, kind in made._kinds.items() if marks.items() <= _marks(key).items()]
+        assert any(kind.recording is not None for kind in replayed), marks
     for (name, picture), other in zip(alone.items(), found, strict=True):
         assert distance(other, picture) <= 1, name
+
+
+def _marks(key: Any) -> dict[str, bool]:
+    """Of a kind of captured forward."""
+    _, shapes, taken, _ = key
+    return {"taken": taken, "deep": any(name.startswith(".deep") for name, *_ in shapes)}
 
 
 def test_the_whole_network_runs_in_every_nth_step_alone(monkeypatch: pytest.MonkeyPatch):
@@ -238,12 +248,54 @@ def test_no_memory_is_held_for_those_who_need_none():
     engine = new_engine("sd15")
     engine.submit(ask(1, steps=7), lambda event: None, progress=False)
     engine.submit(ask(2, steps=7, deep_cache=1), lambda event: None, progress=False)
+    first, second = engine._live
     held = []
-    for _ in range(4):
+    while engine._live:
         engine.step()
-        held.append({s.request.seed: s.deep is not None for s in engine._live})
-    assert [each[1] for each in held] == [True, True, False, True]
-    assert not any(each[2] for each in held)
+        held.append((first.step, first.deep is not None))
+        assert second.deep is None
+    assert set(held) == {(step, step % 3 > 0 and step < 7) for step in range(1, 8)}
+    engine.submit(ask(1, steps=8, stop_at_step=4), lambda event: None, progress=False)
+    [stopped] = engine._live
+    while engine._live:
+        engine.step()
+    assert (stopped.step, stopped.deep) == (4, None)
+
+
+def test_nothing_is_taken_from_a_step_that_no_shallow_one_follows(monkeypatch: pytest.MonkeyPatch):
+    engine, taken = new_engine("sd15"), list[bool]()
+    plain = engine._denoiser._plain
+
+    def told(inputs: Inputs) -> Outputs:
+        taken.append(inputs.taken)
+        return plain(inputs)
+
+    monkeypatch.setattr(engine._denoiser, "_plain", told)
+    engine.generate([ask(1, steps=7)])
+    assert taken == [True, False, False, True, False, False, False]
+
+
+def test_a_controlnet_that_acts_between_whole_steps_alone_is_told():
+    use = {"name": "canny", "image": sketch(), "preprocessor": "canny"}
+    controls = (ControlUse(**use, start=0.1, end=0.45), ControlUse(**use, end=0.45), ControlUse(**use, weight=0.0))
+    engine = rich()
+    [[skipped], [whole]] = engine.generate(
+        [ask(1, steps=20, deep_cache=n, controls=controls, sampler="ddim") for n in (10, 1)]
+    )
+    why = "with deep_cache 10 no step of the whole network lies between its start and its end"
+    assert skipped.warnings == (f"controls.0 plays no part: {why}",)
+    assert whole.warnings == ()
+
+
+def test_older_pictures_that_skip_nothing_do_not_hold_it_up():
+    engine, order = new_engine("sd15"), list[int]()
+    for seed, interval in ((1, 1), (2, 3)):
+        request = ask(seed, steps=12, deep_cache=interval)
+        engine.submit(request, lambda event, seed=seed: order.append(seed), progress=False)
+    while len(order) < 2:
+        engine.step()
+    assert engine.load().forwards == 12 + 8  # four of them together
+    assert order == [2, 1]
 
 
 def test_a_step_that_fails_is_taken_again(monkeypatch: pytest.MonkeyPatch):
@@ -273,10 +325,9 @@ def test_the_work_of_many_steps_is_that_of_each(interval: int):
     stage = Stage(forwards=11, each=8.0, begin=0.0, end=0.0, deep_cache=interval)
     for first in range(12):
         for last in range(12):
-            each = sum(stage.cost(position) for position in range(first, last))
-            assert stage.costs(first, last) == pytest.approx(each)
-    assert stage.cost(0) == 8.0
-    assert stage.cost(1) == (8.0 if interval == 1 else 8.0 * SHALLOW)
+            each = [SHALLOW if stage.shallow(position) else 1.0 for position in range(first, last)]
+            assert stage.costs(first, last) == pytest.approx(8.0 * sum(each))
+    assert [stage.shallow(position) for position in range(11)] == [position % interval > 0 for position in range(11)]
 
 
 def test_what_is_known_before_is_what_the_engine_does():
@@ -287,13 +338,18 @@ def test_what_is_known_before_is_what_the_engine_does():
     [sequence] = engine._live
     assert sequence.work == pytest.approx(work(request))
     assert work(request) < 0.65 * work(replace(request, deep_cache=1))
-    while engine.step():
-        if engine._live:
-            assert sequence.work == pytest.approx(
-                sequence.stages[sequence.phase].costs(sequence.position, len(sequence.tape))
-                + sum(stage.begin + stage.costs(0, stage.forwards) for stage in sequence.stages[sequence.phase + 1 :])
-                + sequence.stages[-1].end
-            )
+    first, second = sequence.stages
+    done = []
+    while engine._live:
+        engine.step()
+        done.append(sequence.work)
+    whole = [position for stage in (first, second) for position in range(stage.forwards) if position % 3 == 0]
+    assert len(whole) == 3 + 1
+    steps = [one - other for one, other in zip([work(request), *done], done, strict=False)]
+    expected = [stage.each * (SHALLOW if n % 3 else 1) for stage in (first, second) for n in range(stage.forwards)]
+    expected[first.forwards] += second.begin
+    assert steps == pytest.approx(expected)
+    assert done[-1] == pytest.approx(second.end)
 
 
 # What is asked for

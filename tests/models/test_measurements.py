@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from app.settings import ModelSettings
 from models import likeness, measuring
+from models.errors import InvalidRequest
 from models.measurements import Measurements, Seconds
 from tests.models.conftest import loaded_family, new_engine
 
@@ -98,7 +100,7 @@ def test_what_makes_forwards_faster_or_slower_makes_another_measurement(
     def measure(most: int | None) -> Seconds:
         return {1: 1.0}
 
-    kinds: list[dict[str, Any]] = [{}, {"fp8": True}, {"graphs": True}, {"compiled": tmp_path}]
+    kinds: list[dict[str, Any]] = [{}, {"fp8": True}, {"graphs": True}, {"compiled": tmp_path}, {"offload": True}]
     for change in kinds:
         family.placement = replace(loaded_family("sd15").placement, **change)
         Measurements(family, None, tmp_path).of(SHAPE, measure)
@@ -106,6 +108,21 @@ def test_what_makes_forwards_faster_or_slower_makes_another_measurement(
     monkeypatch.setattr(likeness, "_processor", lambda device: "another")
     Measurements(family, 8, tmp_path).of(SHAPE, measure)
     assert len(list(tmp_path.iterdir())) == len(kinds) + 2
+
+
+def test_a_size_that_the_model_does_not_draw_is_refused_before_anything_is_measured(measured: list[tuple[int, int]]):
+    with pytest.raises(InvalidRequest, match="must be a multiple of 8") as refused:
+        new_engine("sd15").warm_up(sizes=[(64, 64), (100, 64)])
+    assert refused.value.field == "sizes.1"
+    assert not measured
+
+
+def test_a_size_of_which_not_one_row_fits_is_told():
+    def forward_s(rows: int) -> float:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measuring.seconds_by_rows(forward_s)
 
 
 @pytest.mark.parametrize("more", [{"max_rows": 8}, {"family": "sd_x4"}])

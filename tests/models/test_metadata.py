@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import orjson
@@ -85,6 +85,15 @@ def test_what_is_there_by_default_need_not_be_said():
         "deep_cache",
     }  # fmt: skip
     assert orjson.loads(write(effective(), REVISION, "full")["heliograph"])["parameters"]["clip_skip"] == 0
+
+
+def test_a_picture_of_before_there_was_deep_cache_was_drawn_without():
+    """Whatever the model does by default now."""
+    document = orjson.loads(write(effective(), REVISION, "full")["heliograph"])
+    del document["parameters"]["deep_cache"]
+    texts = {"heliograph": orjson.dumps(document).decode()}
+    found = read(encode(np.zeros((64, 64, 3), np.uint8), "png", texts))
+    assert GenerationRequest(**found.parameters).resolve(replace(CARD, deep_cache=4)).deep_cache == 1
 
 
 def test_input_pictures_are_told_by_size_and_hash():

@@ -3,6 +3,7 @@
 import pytest
 
 from models.pace import Pace
+from models.work import SHALLOW
 
 CURVE = {256: 0.020, 512: 0.020, 1024: 0.030, 4096: 0.120}
 
@@ -48,6 +49,16 @@ def test_the_curve_follows_the_forwards_where_it_was_measured_wrongly():
     assert pace.forward_s(4096) == pytest.approx(0.060, rel=0.1)
     assert pace.forward_s(640) == pytest.approx(0.050, rel=0.1)
     assert pace.forward_s(256) == 0.020  # of which nothing new is known
+
+
+def test_a_shallow_forward_takes_a_part_of_as_broad_a_whole_one():
+    """However narrow: what is known of whole ones says nothing of short times."""
+    pace = learnt()
+    assert pace.forward_s(100, shallow=True) == pytest.approx(SHALLOW * 0.020)
+    assert pace.forward_s(4096, shallow=True) == pytest.approx(SHALLOW * 0.120)
+    for _ in range(100):
+        pace.note(512, 512, (SHALLOW + 1) * 0.020, shallow=True)  # as is to be expected, and decoding beside it
+    assert pace.seconds_per_work(512) == pytest.approx(0.020 / 512)
 
 
 def test_a_single_slow_forward_and_work_beside_one_leave_the_curve_alone():

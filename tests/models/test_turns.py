@@ -3,7 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -36,6 +36,8 @@ class Picture:
     shape: tuple[int, int, int] = SMALL
     batch: bool = False
     begun: bool = False
+    deep_cache: int = 1
+    done: int = field(default=0, init=False)
     finished: float = field(default=0.0, init=False)
 
     @property
@@ -44,7 +46,7 @@ class Picture:
 
     @property
     def shallow(self) -> bool:
-        return False
+        return self.done % self.deep_cache > 0
 
     @property
     def urgency(self) -> tuple[bool, float]:
@@ -79,13 +81,15 @@ class Device:
                 alive.append(coming.pop(0))
             batch = batcher.next(alive)
             breadth = sum(picture.breadth for picture in batch)
-            took = truly.forward_s(breadth)
-            known.note(breadth, 0, took)
-            known.follow(breadth, took)
+            [shallow] = {picture.shallow for picture in batch}
+            took = truly.forward_s(breadth, shallow)
+            known.note(breadth, 0, took, shallow)
+            if not shallow:
+                known.follow(breadth, took)
             self.now += took
             self.batches.append(batch)
             for picture in batch:
-                picture.steps, picture.begun = picture.steps - 1, True
+                picture.steps, picture.done, picture.begun = picture.steps - 1, picture.done + 1, True
                 self.given[picture.key] += took * picture.breadth / breadth
                 if not picture.steps:
                     picture.finished = self.now
@@ -112,6 +116,31 @@ def trickle(key: str, count: int = 40, **options) -> list[Picture]:
 
 def p95(pictures: list[Picture]) -> float:
     return sorted(picture.took for picture in pictures)[round(0.95 * len(pictures)) - 1]
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+@pytest.mark.parametrize("older", [1, 10])
+def test_who_skips_steps_is_not_kept_by_older_pictures_that_skip_none(older: int, key: str):
+    """Of the same key or of another; and they hardly notice."""
+    plain = [Picture("a", at=0.001 * n) for n in range(older)]
+    alone = drawn(GPU, [replace(picture) for picture in plain]).now
+    skips = Picture(key, at=0.02, deep_cache=3)
+    drawn(GPU, [*plain, skips])
+    assert skips.finished < 0.6 * alone
+    assert max(picture.finished for picture in plain) < 1.1 * alone
+
+
+def test_those_who_skip_the_same_steps_fall_into_step():
+    pictures = [Picture("a", at=0.02 * n, deep_cache=3) for n in range(4)]
+    device = drawn(GPU, pictures)
+    last = device.batches[:-12][-6:]
+    assert {len(batch) for batch in last} == {4}
+
+
+def test_newcomers_without_end_do_not_keep_who_skips_steps():
+    skips = Picture("a", deep_cache=3, steps=30)
+    drawn(PROCESSOR, [skips, *(Picture("a", at=0.04 * n, steps=3) for n in range(1, 200))])
+    assert 0 < skips.finished < 4.0
 
 
 def test_light_keys_share_what_they_saved():

@@ -165,6 +165,7 @@ def from_model(model: ModelDescription) -> dict[str, Any]:
             "guidance_scale": card.guidance_scale,
             "sampler": card.sampler,
             "schedule": card.schedule,
+            "deep_cache": card.deep_cache,
         },
         "samplers": {name: list(sampler.schedules) for name, sampler in SAMPLERS.items()},
         "output_formats": list(FORMATS),
