@@ -13,40 +13,36 @@ import torch
 
 STEPS = 1  # that may be unfinished when the next one is prepared: the GPU has work meanwhile
 
-Tell = Callable[[float, float], None]
+Tell = Callable[[float, float, bool], None]
 
 
 class Ahead:
-    """`tell` hears of steps how broad they were and how many seconds they took, as soon as that is known."""
+    """`tell` hears of each step how broad it was, how many seconds it took, and whether it was shallow, as soon as that
+    is known."""
 
     def __init__(self, device: torch.device, tell: Tell):
         self._device = device
         self._tell = tell
-        self._queued: deque[tuple[float | None, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._queued: deque[tuple[float, bool, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
-    def step(self, breadth: float | None) -> Iterator[None]:
+    def step(self, breadth: float, shallow: bool) -> Iterator[None]:
         """While it lasts a step is queued; then it waits until no more than STEPS are unfinished, this one among them.
-        Of a step without a breadth nothing is told.
 
         On a device that is no CUDA GPU a step is finished when it has been made.
         """
         if self._device.type != "cuda":
             started = time.perf_counter()
             yield
-            self._heard(breadth, time.perf_counter() - started)
+            self._tell(breadth, time.perf_counter() - started, shallow)
             return
         began = self._event()
         yield
-        self._queued.append((breadth, began, self._event()))
+        self._queued.append((breadth, shallow, began, self._event()))
         while len(self._queued) > STEPS:
-            breadth, began, ended = self._queued.popleft()
+            breadth, shallow, began, ended = self._queued.popleft()
             ended.synchronize()
-            self._heard(breadth, began.elapsed_time(ended) / 1000)
-
-    def _heard(self, breadth: float | None, seconds: float) -> None:
-        if breadth is not None:
-            self._tell(breadth, seconds)
+            self._tell(breadth, began.elapsed_time(ended) / 1000, shallow)
 
     def _event(self) -> torch.cuda.Event:
         """Passed when the GPU gets there, which may be later than now."""

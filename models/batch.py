@@ -1,5 +1,6 @@
 """A batch: sequences side by side, and what of their forwards stays the same while they stay together."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Self
 
@@ -84,12 +85,15 @@ class Batch:
         deep = self.deep
         if outputs.below is not None:
             deep = Deep(below=outputs.below, steered=None if residuals is None else residuals[0][0])
-        left = deep.split([s.rows for s in self.sequences]) if deep is not None else [None] * len(self.sequences)
-        for sequence, history, estimate, part in zip(self.sequences, self.parts, outputs.clean, left, strict=True):
-            sequence.history, sequence.estimate = history, estimate
+        for sequence, history, estimate in zip(self.sequences, self.parts, outputs.clean, strict=True):
+            sequence.history, sequence.estimate, sequence.deep = history, estimate, None
             sequence.position += 1
-            sequence.deep = part if sequence.shallow else None
-        self.deep = deep if all(sequence.shallow for sequence in self.sequences) else None
+        skip = [sequence.shallow and sequence.denoising for sequence in self.sequences]
+        self.deep = deep if all(skip) else None
+        if deep is not None:
+            parts = deep.split([sequence.rows for sequence in self.sequences])
+            for sequence, part in itertools.compress(zip(self.sequences, parts, strict=True), skip):
+                sequence.deep = part if all(skip) else part.copy()
 
 
 def _told(sequences: list[Sequence]) -> list[Conditioning]:

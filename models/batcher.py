@@ -1,4 +1,5 @@
-"""Who shares the next forward: the most urgent, and then everyone compatible who fits under a measured cap.
+"""Who shares the next forward: the most urgent, and then everyone compatible who fits under a measured cap. Whose next
+step is shallow (models.deep_cache) goes before who is more urgent.
 
 Where several keys have work alive, they take turns to lead, and do not slow each other down too far: models.turns.
 """

@@ -44,6 +44,10 @@ class Deep:
     def part(self, rows: slice) -> "Deep":
         return Deep(below=self.below[rows], steered=None if self.steered is None else self.steered[rows])
 
+    def copy(self) -> "Deep":
+        """The same numbers, which keep no others alive."""
+        return Deep(below=self.below.clone(), steered=None if self.steered is None else self.steered.clone())
+
 
 Taken = Callable[[], torch.Tensor]
 

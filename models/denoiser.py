@@ -22,8 +22,8 @@ from models.sequence import Sequence
 class Denoiser:
     """Steps batches of one latent shape through one family's network."""
 
-    def __init__(self, family: Family, loras: Loras, on_step: Tell = lambda breadth, seconds: None):
-        """`on_step` hears of each step of the whole network how broad it was and how many seconds it took."""
+    def __init__(self, family: Family, loras: Loras, on_step: Tell = lambda breadth, seconds, shallow: None):
+        """`on_step` hears of each step how broad it was, how many seconds it took, and whether it was shallow."""
         self._family = family
         self._loras = loras
         self._share = RowThreads(family.device, torch.get_num_threads())
@@ -66,7 +66,7 @@ class Denoiser:
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
         shallow = sequences[0].shallow
-        with self._ahead.step(None if shallow else sum(sequence.breadth for sequence in sequences)):
+        with self._ahead.step(sum(sequence.breadth for sequence in sequences), shallow):
             if self._batch is None or not self._batch.holds(sequences):
                 self._batch = None  # before another one takes memory
                 self._batch = Batch.of(sequences, self._to_device)

@@ -24,6 +24,7 @@ class Pace:
     def __init__(self) -> None:
         self._breadths = self._told = self._seconds = np.empty(0)
         self._usual, self._full = 1.0, math.inf
+        self._share = SHALLOW
         self._took = self._expected = 0.0  # seconds, of late
 
     def learn(self, seconds: Mapping[float, float], usual: float, full: float) -> None:
@@ -39,7 +40,7 @@ class Pace:
         """Seconds of a forward as last known; before `learn`, a number that grows with it, good for comparisons. A
         shallow one (models.deep_cache) takes a part of what as broad a one of the whole network does."""
         if shallow:
-            return SHALLOW * self.forward_s(breadth)
+            return self._share * self.forward_s(breadth)
         if not len(self._breadths):
             return breadth
         if breadth >= self._breadths[-1]:
@@ -52,7 +53,8 @@ class Pace:
         return self.forward_s(self._usual)
 
     def note(self, breadth: float, beside: float, took_s: float, shallow: bool = False) -> None:
-        """A turn with a forward of that breadth, 0 for none, and so much work beside it, has taken so long."""
+        """A turn with a forward of that breadth, 0 for none, and so much work beside it, has taken so long, as compared
+        with what models.work reckons."""
         if breadth + beside <= 0:
             return
         like = breadth or self._usual
@@ -60,13 +62,16 @@ class Pace:
         self._took = _KEPT * self._took + took_s
         self._expected = _KEPT * self._expected + expected
 
-    def follow(self, breadth: float, took_s: float) -> None:
-        """A forward of the whole network, of that breadth, has taken so long.
+    def follow(self, breadth: float, took_s: float, shallow: bool = False) -> None:
+        """A forward of that breadth has taken so long.
 
         Moves the curve beside it, by a fixed part: it is the median of the forwards that counts, so a single slow one,
-        as when a sampler is first used, is as good as nothing.
+        as when a sampler is first used, is as good as nothing. A shallow one moves the part that such take.
         """
         if not len(self._breadths):
+            return
+        if shallow:
+            self._share = min(1.0, self._share * math.exp(_STRIDE * np.sign(took_s - self.forward_s(breadth, True))))
             return
         near = np.array([np.interp(breadth, self._breadths, hat) for hat in np.eye(len(self._breadths))])
         moved = self._seconds * np.exp(_STRIDE * near * np.sign(took_s - self.forward_s(breadth)))

@@ -235,9 +235,14 @@ def _unseen(sequence: Sequence) -> list[str]:
 
 
 def _acts(sequence: Sequence, number: int, every: int) -> bool:
-    """Whether a ControlNet does in any of every so many evaluations."""
-    lengths = [(phase.controls[number], len(phase.tape)) for phase in sequence.phases]
-    return any(control.acts(at, length) for control, length in lengths for at in range(0, length, every))
+    """Whether a ControlNet does in any of every so many evaluations, until the picture ends."""
+    left = sequence.stop
+    for phase in sequence.phases:
+        length = len(phase.tape)
+        if any(phase.controls[number].acts(at, length) for at in range(0, min(length, left), every)):
+            return True
+        left -= length
+    return False
 
 
 def _first_noise(sequence: Sequence) -> torch.Tensor:

@@ -144,7 +144,7 @@ class Sequence:
     @property
     def shallow(self) -> bool:
         """Whether its next step is one of the network's outermost layer alone (models.deep_cache)."""
-        return self.denoising and self.stages[self.phase].shallow(self.position)
+        return self.position < len(self.tape) and self.stages[self.phase].shallow(self.position)
 
     @property
     def leaves_deep(self) -> bool:

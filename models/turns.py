@@ -3,7 +3,8 @@
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): what a flow of requests was given is added up in device
 seconds, and whoever had least leads. Who takes less than a fair part saves up some of the rest, so that a light key
 goes first whenever it comes. A forward is filled one candidate at a time, again from whoever had least, what this
-forward gives them counted already. Within a flow the most urgent go first, as if it were alone.
+forward gives them counted already. Within a flow those whose next step is shallow go first (models.deep_cache), for
+the few short forwards until it is not, and then the most urgent.
 
 A broad forward is slow for everyone in it, so turns alone would not keep a flood from its neighbour: of N keys, the one
 that leads may expect a forward to take no longer than SHARE * N times what its own rows take alone. It then moves at
@@ -94,6 +95,7 @@ class Turns:
         self._level = {False: 0.0, True: 0.0}  # of each priority
         self._passed: set[Flow] = set()  # were there in the last turn and got nothing
         self._clock = 0.0  # device seconds of all
+        self._spare_s = 0.0  # by which interactive work may be held up for batch work that cannot ride along
         self._here: set[Flow] = set()
         self._stays: dict[Flow, _Stay] = {}  # of who is here, or left recently
 
@@ -108,11 +110,29 @@ class Turns:
         if not queues:
             return []
         order = self._ordered(queues)
+        batch = self._aside(queues, order, cap) or self._led(queues, order, cap)
+        self._charge(queues, batch.members)
+        return batch.members
+
+    def _led(self, queues: Queues[C], order: list[Flow], cap: Callable[[Shape], int]) -> "_Batch[C]":
+        """By the first flow."""
         leader = queues[order[0]][0]
         batch = _Batch(leader, cap(leader.shape), self._slower(order), self._longest_s(order[0]), self._pace)
         self._fill(batch, queues, order)
-        self._charge(queues, batch.members)
-        return batch.members
+        return batch
+
+    def _aside(self, queues: Queues[C], order: list[Flow], cap: Callable[[Shape], int]) -> "_Batch[C] | None":
+        """Of batch work whose next step is shallow, which whole forwards of interactive work cannot take along: alone,
+        where that takes no longer than company would have been allowed to slow the interactive work of late."""
+        for flow in order if not order[0][0] else ():
+            leader = queues[flow][0]
+            if flow[0] and leader.shallow and self._pace.forward_s(leader.breadth, shallow=True) <= self._spare_s:
+                batch = _Batch(leader, cap(leader.shape), FREE, self._spare_s, self._pace)
+                for candidate in filter(batch.is_alike, queues[flow]):
+                    if batch.takes(candidate):
+                        batch.add(candidate)
+                return batch
+        return None
 
     def _meet(self, queues: Queues[C]) -> None:
         """Notes who has come, and forgets who left long ago."""
@@ -167,7 +187,7 @@ class Turns:
         return self._had.get(flow, math.inf) < self._had[leader] - LIGHT * self._pace.plain_s
 
     def _fill(self, batch: "_Batch[C]", queues: Queues[C], order: list[Flow]) -> None:
-        alike = [deque(candidate for candidate in queues[flow] if batch.is_alike(candidate)) for flow in order]
+        alike = [deque(filter(batch.is_alike, _offered(queues[flow]))) for flow in order]
         turns = [(*self._turn(flow), n) for n, flow in enumerate(order) if alike[n]]
         heapify(turns)
         price = batch.forward_s(batch.leader.breadth) / batch.leader.breadth
@@ -191,6 +211,10 @@ class Turns:
         took_s = self._pace.forward_s(breadth, members[0].shallow)
         price = took_s / breadth
         self._clock += took_s
+        if not flow_of(members[0])[0]:
+            self._spare_s = min(self._spare_s + (FREE - 1) * took_s, self._pace.plain_s)
+        else:
+            self._spare_s = max(0.0, self._spare_s - took_s)
         for flow in queues:
             self._stays[flow].until = self._clock
         places = dict.fromkeys(queues, 0)
@@ -255,6 +279,12 @@ class _Batch(Generic[C]):
         self._breadth += breadth
         self._peers += breadth * (flow[0] == self.flow[0])
         self._own += breadth * (flow == self.flow)
+
+
+def _offered(waiting: Several[C]) -> Iterable[C]:
+    """Those of a flow that may ride along: its newcomers wait while others of it skip steps, else all of them would be
+    begun, one after the other, in forwards that these cannot share."""
+    return [each for each in waiting if each.begun] if waiting[0].shallow else waiting
 
 
 def flow_of(candidate: Candidate) -> Flow:

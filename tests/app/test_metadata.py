@@ -85,7 +85,7 @@ async def test_what_somebody_edited_does_no_harm(client: httpx2.AsyncClient):
         data = encode(GREY, "png", {"heliograph": f'{{"parameters": {parameters}}}'})
         answer = await client.post("/v1/metadata", content=data)
         assert answer.status_code == 200, answer.text
-        assert set(answer.json()["parameters"]) <= {"prompt", "steps"}
+        assert set(answer.json()["parameters"]) <= {"prompt", "steps", "deep_cache"}
 
 
 def form(*parts: bytes, end: bytes = b"--b--\r\n") -> dict[str, object]:

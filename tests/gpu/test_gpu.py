@@ -135,11 +135,11 @@ def test_no_step_waits_for_the_gpu(gpu: str, subject: Subject):
 
 
 def test_the_host_is_at_most_one_step_ahead_and_hears_what_each_took(gpu: str):
-    told: list[tuple[float, float]] = []
+    told: list[tuple[float, float, bool]] = []
     ahead, began = Ahead(torch.device(gpu), lambda *step: told.append(step)), time.perf_counter()
     lasted = []
     for number in range(5):
-        with ahead.step(number):
+        with ahead.step(number, number == 2):
             torch.cuda._sleep(200_000_000 * (1 + number % 2))  # cycles, some tenth of a second
         lasted.append(time.perf_counter() - began)
     torch.cuda.synchronize()
@@ -147,8 +147,9 @@ def test_the_host_is_at_most_one_step_ahead_and_hears_what_each_took(gpu: str):
     starts = [0, 1, 3, 4, 6]
     assert lasted[0] < 0.5 * each  # the first one is not waited for
     assert all(start * each < at + 0.5 * each for start, at in zip(starts, lasted, strict=True))
-    assert [breadth for breadth, _ in told] == [0, 1, 2, 3]
-    assert [round(seconds / each) for _, seconds in told] == [1, 2, 1, 2]
+    assert [breadth for breadth, *_ in told] == [0, 1, 2, 3]
+    assert [shallow for *_, shallow in told] == [False, False, True, False]
+    assert [round(seconds / each) for _, seconds, _ in told] == [1, 2, 1, 2]
 
 
 def test_graphs_draw_what_is_drawn_without_them(gpu: str, subject: Subject):

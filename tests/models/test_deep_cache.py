@@ -12,7 +12,8 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers import ControlNetModel
 
-from models import deep_cache
+from models import batch, deep_cache
+from models.batch import Batch
 from models.captured import WORTH
 from models.card import ModelCard
 from models.deep_cache import Deep, shallow, taking
@@ -285,6 +286,41 @@ def test_a_controlnet_that_acts_between_whole_steps_alone_is_told():
     why = "with deep_cache 10 no step of the whole network lies between its start and its end"
     assert skipped.warnings == (f"controls.0 plays no part: {why}",)
     assert whole.warnings == ()
+
+
+def test_a_controlnet_that_would_act_behind_the_end_is_told():
+    control = ControlUse(name="canny", image=sketch(), preprocessor="canny", start=0.05)
+    [[stopped]] = rich().generate([ask(1, steps=20, stop_at_step=2, controls=(control,), sampler="ddim")])
+    [warning] = stopped.warnings
+    assert warning.startswith("controls.0 plays no part")
+
+
+@pytest.mark.parametrize("place", ["models.denoiser.Batch.of", "models.batch._deep"])
+def test_who_is_content_in_the_midst_of_a_step_changes_nothing_for_others(
+    monkeypatch: pytest.MonkeyPatch, place: str, alone: dict[str, np.ndarray]
+):
+    """`accept` comes from any thread."""
+    engine, found = rich(), dict[str, np.ndarray]()
+    content = engine.submit(ask(1), lambda event: None, progress=False)
+    for name in ("control", "plain"):
+        engine.submit(mixture()[name], lambda event, name=name: _keep(found, name, event), progress=False)
+    engine.step()
+    late = engine.submit(ask(5), lambda event: None, progress=False)  # batches are made anew when it comes or goes
+    owner, name = (Batch, "of") if place.endswith("of") else (batch, "_deep")
+    made = getattr(owner, name)
+
+    def meanwhile(*given: Any) -> Any:
+        if engine._live[0].position == 1:
+            engine.accept(content)
+        return made(*given)
+
+    monkeypatch.setattr(owner, name, meanwhile)
+    engine._denoiser._batch = None
+    engine.cancel(late)
+    while len(found) < 2:
+        engine.step()
+    for name, picture in found.items():
+        assert distance(picture, alone[name]) <= 1, name
 
 
 def test_older_pictures_that_skip_nothing_do_not_hold_it_up():

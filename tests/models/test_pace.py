@@ -61,6 +61,17 @@ def test_a_shallow_forward_takes_a_part_of_as_broad_a_whole_one():
     assert pace.seconds_per_work(512) == pytest.approx(0.020 / 512)
 
 
+def test_what_part_a_shallow_forward_takes_is_learnt_and_says_nothing_of_whole_ones():
+    pace = learnt()
+    for _ in range(100):
+        pace.follow(4096, 0.25 * 0.120, shallow=True)
+    assert pace.forward_s(512, shallow=True) == pytest.approx(0.25 * 0.020, rel=0.1)
+    assert pace.forward_s(512) == 0.020
+    for _ in range(100):
+        pace.follow(512, 9.0, shallow=True)
+    assert pace.forward_s(512, shallow=True) == 0.020  # never more than a whole one
+
+
 def test_a_single_slow_forward_and_work_beside_one_leave_the_curve_alone():
     pace = learnt()
     for _ in range(30):

@@ -84,8 +84,7 @@ class Device:
             [shallow] = {picture.shallow for picture in batch}
             took = truly.forward_s(breadth, shallow)
             known.note(breadth, 0, took, shallow)
-            if not shallow:
-                known.follow(breadth, took)
+            known.follow(breadth, took, shallow)
             self.now += took
             self.batches.append(batch)
             for picture in batch:
@@ -135,6 +134,39 @@ def test_those_who_skip_the_same_steps_fall_into_step():
     device = drawn(GPU, pictures)
     last = device.batches[:-12][-6:]
     assert {len(batch) for batch in last} == {4}
+
+
+@pytest.mark.parametrize("interval", [2, 3, 10])
+def test_batch_work_that_skips_steps_goes_on_beside_interactive_work(interval: int):
+    """Which is always there, and hardly notices."""
+    interactive = [Picture("i", at=0.3 * n) for n in range(50)]
+    drawn(GPU, [*interactive, *flood("b", 40, batch=True)])
+    before = p95(interactive)
+    interactive, work = [replace(each) for each in interactive], flood("b", 40, batch=True, deep_cache=interval)
+    for each in interactive:
+        each.steps, each.begun = STEPS, False
+    drawn(GPU, [*interactive, *work])
+    assert max(picture.finished for picture in work) < 6.0
+    assert p95(interactive) < 1.15 * before
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 10])
+def test_a_flood_that_skips_steps_is_not_begun_all_at_once(interval: int):
+    """In forwards of another key that its older pictures cannot share."""
+    device = Device(GPU)
+    work = flood("a", 100, deep_cache=interval)
+    device.draw([*work, *(Picture("b", at=0.4 * n) for n in range(20))])
+    begun, most = set[int](), 0
+    for batch in device.batches:
+        begun |= {id(picture) for picture in batch if picture.key == "a"}
+        left = [picture for picture in batch if picture.key == "a"]
+        most = max(most, len(begun))
+        begun -= {id(picture) for picture in left if _last(device, batch, picture)}
+    assert most <= CAP // 2
+
+
+def _last(device: Device, batch: list[Picture], picture: Picture) -> bool:
+    return next(each for each in reversed(device.batches) if picture in each) is batch
 
 
 def test_newcomers_without_end_do_not_keep_who_skips_steps():
