@@ -81,7 +81,7 @@ class Found:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    pictures: Annotated[int, typer.Option(help="Whose latents and pixels are compared.", min=1)] = 4,
+    pictures: Annotated[int, typer.Option(help="Whose latents and pixels are compared.", min=1)] = 3,
     prompts: Annotated[int, typer.Option(help="Of each kind of scene, for what is drawn.", min=1)] = 96,
     publish: Annotated[bool, typer.Option("--publish", help="Also put the tables into docs/deep-cache.md.")] = False,
 ) -> None:
@@ -99,7 +99,7 @@ def _measured(name: str, pictures: int, prompts: int, console: Console) -> Found
     found, scenes = Found(), held_out_scenes(SCENES[0], pictures)
     model = Model.load(name, "bfloat16")
     for steps in track(STEPS, f"{name}: latents and pixels", console=console, transient=True):
-        found.drifts[steps] = {every: list(_compared(model, scenes, steps, every)) for every in INTERVALS[1:]}
+        found.drifts[steps] = _compared(model, scenes, steps)
     model = Model.load(name, "float32")
     for kind in track(SCENES, f"{name}: what is drawn", console=console, transient=True):
         some = held_out_scenes(kind, prompts)
@@ -107,14 +107,19 @@ def _measured(name: str, pictures: int, prompts: int, console: Console) -> Found
     return found
 
 
-def _compared(model: Model, scenes: Sequence[Scene], steps: int, every: int) -> Iterator[tuple[float, float]]:
-    """Each picture alone, beside the one without: the relative L2 distance of the final latents, and the PSNR."""
+def _compared(model: Model, scenes: Sequence[Scene], steps: int) -> dict[int, list[tuple[float, float]]]:
+    """By interval, of each picture, drawn alone, beside the one without: the relative L2 distance of the final latents,
+    and the PSNR."""
+    found: dict[int, list[tuple[float, float]]] = {every: [] for every in INTERVALS[1:]}
     for seed, scene in enumerate(scenes):
         plain = _request(model, scene, seed, steps=steps, guidance_scale=7.5, sampler="euler", schedule="default")
         with recorded_latents(model.vae) as latents:
-            [whole], [skipped] = (model.drawn([replace(plain, deep_cache=each)]) for each in (1, every))
-        distance = ((latents[1] - latents[0]).norm() / latents[0].norm()).item()
-        yield distance, psnr(np.asarray(skipped), np.asarray(whole))
+            pictures = [model.drawn([replace(plain, deep_cache=every)])[0] for every in INTERVALS]
+        whole, first = np.asarray(pictures[0]), latents[0]
+        for every, picture, final in zip(found, pictures[1:], latents[1:], strict=True):
+            distance = ((final - first).norm() / first.norm()).item()
+            found[every].append((distance, psnr(np.asarray(picture), whole)))
+    return found
 
 
 def _scored(model: Model, scenes: Sequence[Scene], every: int) -> Scored:
