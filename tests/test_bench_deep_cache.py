@@ -11,10 +11,10 @@ from bench.deep_cache import INTERVALS, PAGE, SCENES, Scored
 
 
 def test_distances_grow_with_the_interval_and_every_scene_is_scored(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(deep_cache, "STEPS", (12,))
+    monkeypatch.setattr(deep_cache, "STEPS", (8,))
     found = deep_cache._measured("sd15", 1, 2, Console(file=io.StringIO()))
-    distances = [pictures[0][0] for pictures in found.drifts[12].values()]
-    decibels = [pictures[0][1] for pictures in found.drifts[12].values()]
+    distances = [pictures[0][0] for pictures in found.drifts[8].values()]
+    decibels = [pictures[0][1] for pictures in found.drifts[8].values()]
     assert 0 < distances[0] < distances[-1]
     assert decibels[0] > decibels[-1]
     for kind in SCENES:
