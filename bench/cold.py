@@ -79,8 +79,8 @@ def _sheet(built: Built, found: list[Start]) -> Sheet:
     rows = [[one.title, *(_told(one, stage) for stage in STAGES)] for one in found]
     if len(found) == 2:
         cold, again = (one.seconds for one in found)
-        both = [figure(again[stage] / cold[stage]) if {stage} <= cold.keys() & again else NOTHING for stage in STAGES]
-        rows.append(["again / cold", *both])
+        both = {stage: figure(again[stage] / cold[stage]) for stage in cold if stage in again}
+        rows.append(["again / cold", *(both.get(stage, NOTHING) for stage in STAGES)])
     return Sheet(title=f"{name} at {built.side} px, starting, seconds", columns=(name, *STAGES), rows=rows)
 
 

@@ -65,8 +65,8 @@ class Denoiser:
             raise
 
     def _step(self, sequences: list[Sequence]) -> torch.Tensor:
-        shallow = sequences[0].shallow
-        with self._ahead.step(sum(sequence.breadth for sequence in sequences), shallow):
+        skips = sequences[0].shallow
+        with self._ahead.step(sum(sequence.breadth for sequence in sequences), skips):
             if self._batch is None or not self._batch.holds(sequences):
                 self._batch = None  # before another one takes memory
                 self._batch = Batch.of(sequences, self._to_device)
@@ -74,7 +74,7 @@ class Denoiser:
             inputs = batch.inputs(self._lines(sequences), self._noise(sequences), self._loras.worn(batch.mixes))
             positions = [sequence.position for sequence in sequences]
             residuals = None
-            if not shallow:  # what they add deep inside is kept with it
+            if not skips:  # what they add deep inside is kept with it
                 residuals = batch.controls.residuals(inputs.shown, batch.rows, positions, self._share)
             outputs = (self.captured or self._plain)(replace(inputs, residuals=residuals))
         batch.advance(outputs, residuals)

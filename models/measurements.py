@@ -29,12 +29,8 @@ class Measurements:
     """
 
     def __init__(self, family: Family, most: int | None, folder: Path | None):
-        placement = family.placement
-        how = {"fp8": placement.fp8, "graphs": placement.graphs, "compiled": placement.compiled is not None}
-        room = {"offload": placement.offload, "memory": _memory(placement.device), "most": most}
-        told = likeness(family.networks["unet"]) | how | room
         self._most = most
-        self._file = None if folder is None else folder / f"forwards-{name_of(told, RECIPE)}.json"
+        self._file = None if folder is None else folder / f"forwards-{_name(family, most)}.json"
         self._known = self._read()
 
     def of(self, shape: Shape, measure: Callable[[int | None], Seconds]) -> Seconds:
@@ -64,6 +60,14 @@ class Measurements:
             draft.replace(self._file)
         except OSError as fault:
             _log.warning("what was measured is not kept in %s: %s", self._file, fault)
+
+
+def _name(family: Family, most: int | None) -> str:
+    """Another one for whatever would be measured otherwise."""
+    placement = family.placement
+    how = {"fp8": placement.fp8, "graphs": placement.graphs, "compiled": placement.compiled is not None}
+    room = {"offload": placement.offload, "memory": _memory(placement.device), "most": most}
+    return name_of(likeness(family.networks["unet"]) | how | room, RECIPE)
 
 
 def _memory(device: torch.device) -> int | None:
